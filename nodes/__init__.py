@@ -1,0 +1,23 @@
+"""The nodes that this pack adds to ComfyUI, in the order in which a workflow uses them."""
+
+from comfy_api.latest import ComfyExtension, io
+
+from . import host
+from .apply import ApplyDecodedLora
+from .avatars import LoadAvatarModel
+from .identities import Interpolate, SampleIdentity
+from .spaces import LoadSpace
+
+NODES: list[type[io.ComfyNode]] = [
+    LoadSpace,
+    SampleIdentity,
+    Interpolate,
+    ApplyDecodedLora,
+    LoadAvatarModel,
+]
+
+
+class W2WExtension(ComfyExtension):
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        host.register_folders()  # before the first schema lists the spaces
+        return NODES

@@ -1,0 +1,57 @@
+"""From an identity to the user's model: decode its LoRA and patch it in."""
+
+from comfy_api.latest import io
+
+from ..w2wpp.lorafile import kohya_tensors
+from . import host
+from .types import IdentitySocket, LoraSocket, schema
+
+
+class ApplyDecodedLora(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="W2WPP_ApplyDecodedLora",
+            display_name="W2W++ Apply Decoded LoRA",
+            description="Makes a model paint a person: decodes the identity to LoRA weights and adds them to a copy "
+            "of the model. Several people give a list of models; the nodes that follow run once for each.",
+            search_aliases=["apply identity", "identity lora", "weights2weights", "load lora"],
+            inputs=[
+                io.Model.Input(
+                    "model",
+                    tooltip="The model that the identity's space was learned on (an SD 1.5 model, or W2W++ Load "
+                    "Avatar Model). It stays as it is.",
+                ),
+                IdentitySocket.Input("identity", tooltip="Who to paint: one person or several."),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=-4.0,
+                    max=4.0,
+                    step=0.05,
+                    tooltip="How much of the LoRA is added: 1 is the identity, 0 leaves the model as it was.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output(
+                    display_name="model",
+                    is_output_list=True,
+                    tooltip="The model with the identity in it, one for each person.",
+                ),
+                LoraSocket.Output(
+                    display_name="lora",
+                    is_output_list=True,
+                    tooltip="The same identity as a LoRA at full strength, for the host's own Load LoRA Model and "
+                    "Save LoRA Weights; one for each person.",
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model, identity, strength: float) -> io.NodeOutput:
+        layout = identity.space.layout
+        with host.ordinary_tensors():
+            vectors = identity.identity.vectors(identity.space)  # [B, P]
+            loras = [kohya_tensors(layout.unpack(vector), layout.alpha) for vector in vectors]
+            models = [host.patched(model, layout, lora, strength) for lora in loras]
+        return io.NodeOutput(models, loras)

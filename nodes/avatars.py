@@ -1,0 +1,122 @@
+"""The miniature world's painter, ready to run: the base model, its prompts, its VAE and an empty picture."""
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from comfy_api.latest import io
+from safetensors import safe_open
+
+from ..w2wpp.errors import FormatError
+from . import host
+from .types import schema
+
+BASE_FILE = host.BUNDLED / "avatar-base.safetensors"
+ANY = "any"  # shown for the empty word, which leaves the choice to the model
+
+
+class LoadAvatarModel(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        words = _vocabulary()
+        return schema(
+            node_id="W2WPP_LoadAvatarModel",
+            display_name="W2W++ Load Avatar Model",
+            description="The small model that ships with this pack. It paints 32x32 avatars in seconds on any "
+            "computer, and is what the bundled spaces were learned on.",
+            search_aliases=["avatar base", "demo model", "tiny model", "weights2weights"],
+            inputs=[
+                io.Combo.Input(
+                    "background",
+                    options=words["background"],
+                    tooltip="What stands behind the person. 'any' leaves it to the model.",
+                ),
+                io.Combo.Input(
+                    "smile",
+                    options=words["smile"],
+                    tooltip="The expression. 'any' leaves it to the model.",
+                ),
+                io.Combo.Input(
+                    "light",
+                    options=words["light"],
+                    tooltip="Where the light comes from. 'any' leaves it to the model.",
+                ),
+                io.Int.Input(
+                    "pictures",
+                    default=1,
+                    min=1,
+                    max=64,
+                    tooltip="How many pictures of each person the empty latent asks for.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output(display_name="model", tooltip="The avatar model, without any identity."),
+                io.Conditioning.Output(
+                    display_name="positive", tooltip="The prompt: a person, with the chosen words."
+                ),
+                io.Conditioning.Output(
+                    display_name="negative", tooltip="The empty prompt, for the sampler's negative input."
+                ),
+                io.Vae.Output(display_name="vae", tooltip="Turns the sampler's result into pictures, for VAE Decode."),
+                io.Latent.Output(
+                    display_name="latent", tooltip="Empty pictures of the model's size, for the sampler to fill."
+                ),
+            ],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, background: str = ANY, smile: str = ANY, light: str = ANY, pictures: int = 1):
+        return host.file_stamp(BASE_FILE)
+
+    @classmethod
+    def execute(cls, background: str, smile: str, light: str, pictures: int) -> io.NodeOutput:
+        config = _read_config(BASE_FILE)
+        with host.ordinary_tensors(), safe_open(BASE_FILE, "pt") as file:
+            table = file.get_tensor("tokens").float()  # [words of all slots, context]
+            prefix = "unet."
+            weights = {k[len(prefix) :]: file.get_tensor(k) for k in file.keys() if k.startswith(prefix)}
+            chosen = {"person": "person", "background": background, "smile": smile, "light": light}
+            return io.NodeOutput(
+                host.avatar_model(config, weights),
+                _conditioning(config, table, chosen),
+                _conditioning(config, table, {}),
+                host.pixel_vae(),
+                host.empty_pictures(pictures, config["image_size"]),
+            )
+
+
+def _conditioning(config: dict[str, Any], table: torch.Tensor, chosen: dict[str, str]) -> list:
+    """CONDITIONING of one prompt [1, slots, context]: a token for each slot, the empty word where none is chosen."""
+    rows, start = [], 0
+    for slot, words in zip(config["slots"], config["vocabulary"]):
+        word = chosen.get(slot, ANY)
+        rows.append(start + words.index("" if word == ANY else word))
+        start += len(words)
+    return [[table[rows][None], {}]]
+
+
+def _vocabulary() -> dict[str, list[str]]:
+    """The choices of each slot, the empty word last. Without the file there is nothing to choose from."""
+    if not BASE_FILE.exists():
+        return {"background": [ANY], "smile": [ANY], "light": [ANY]}
+    config = _read_config(BASE_FILE)
+    return {slot: [*words[1:], ANY] for slot, words in zip(config["slots"], config["vocabulary"])}
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    return _config_at(path, host.file_stamp(path))
+
+
+@functools.lru_cache(maxsize=4)
+def _config_at(path: Path, stamp: str) -> dict[str, Any]:
+    """The configuration in the header of an avatar base; ``stamp`` keys the cache."""
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata() or {}
+    if (metadata.get("format"), metadata.get("format_version")) != ("w2wpp.avatar_base", "1"):
+        raise FormatError(
+            f"{path} is not an avatar base of version 1: its format is {metadata.get('format')!r} "
+            f"{metadata.get('format_version')!r}"
+        )
+    return json.loads(metadata["config"])

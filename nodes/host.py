@@ -1,0 +1,237 @@
+"""The only file that knows the host's internals: folders, model patches, the avatar base as a model of the host's."""
+
+import contextlib
+import functools
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import comfy.latent_formats
+import comfy.lora
+import comfy.model_base
+import comfy.model_management
+import comfy.model_patcher
+import comfy.sd
+import comfy.supported_models_base
+import comfy.utils
+import folder_paths
+import torch
+from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+from safetensors import SafetensorError, safe_open
+
+from ..w2wpp import Layout
+from ..w2wpp.errors import FormatError, LayoutMismatch
+
+BUNDLED = Path(__file__).parent.parent / "models"
+CATEGORY = "w2wpp"  # the folder under the host's models/, and its name in extra_model_paths.yaml
+
+
+# Folders
+
+
+def register_folders() -> None:
+    """Look for spaces in models/w2wpp/ and wherever extra_model_paths.yaml says, then among those the pack ships."""
+    own = os.path.join(folder_paths.models_dir, CATEGORY)
+    with contextlib.suppress(OSError):  # a read-only models folder still leaves the bundled spaces
+        os.makedirs(own, exist_ok=True)
+    known, _ = folder_paths.folder_names_and_paths.get(CATEGORY, ([], set()))
+    folders = list(dict.fromkeys([*known, own, str(BUNDLED)]))
+    folder_paths.folder_names_and_paths[CATEGORY] = (folders, {".safetensors"})
+
+
+def space_names() -> list[str]:
+    """Names of the files that hold spaces, or may: one that can't be read stays, so that loading it says why."""
+    return [name for name in folder_paths.get_filename_list(CATEGORY) if _may_hold_space(space_path(name))]
+
+
+def space_path(name: str) -> str:
+    return folder_paths.get_full_path_or_raise(CATEGORY, name)
+
+
+def file_stamp(path: str | Path) -> str:
+    """Changes whenever the file does."""
+    status = os.stat(path)
+    return f"{status.st_mtime_ns}-{status.st_size}"
+
+
+def _may_hold_space(path: str) -> bool:
+    return _stored_format(path, file_stamp(path)) in ("w2wpp.space", None)
+
+
+@functools.lru_cache(maxsize=1024)
+def _stored_format(path: str, stamp: str) -> str | None:
+    """What a safetensors file says it is; None where it says nothing. ``stamp`` keys the cache."""
+    try:
+        with safe_open(path, "pt") as file:
+            return (file.metadata() or {}).get("format")
+    except (OSError, SafetensorError):
+        return None
+
+
+# Tensors
+
+
+@contextlib.contextmanager
+def ordinary_tensors() -> Iterator[None]:
+    """Leave the inference mode in which the host runs every node, still without gradients.
+
+    What is computed inside it can be kept by a space and later be part of a differentiable computation, which tensors
+    made in inference mode can't.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+# Patches
+
+
+def patched(model: Any, layout: Layout, lora: dict[str, torch.Tensor], strength: float) -> Any:
+    """A copy of ``model`` with a LoRA in kohya's spelling added; the model itself is not changed.
+
+    Raises unless every module of ``layout`` is in the model with the layout's shape, because the host only logs what
+    it can't place. Strength 0 adds nothing at all, so that not even rounding differs from the bare model.
+    """
+    keys = comfy.lora.model_lora_keys_unet(model.model, {})
+    _check_fit(model, layout, keys)
+    copy = model.clone()
+    if strength == 0:
+        return copy
+    added = copy.add_patches(comfy.lora.load_lora(lora, keys), strength)
+    if len(added) != len(layout.modules):
+        raise LayoutMismatch(
+            f"{_name(model)} took {len(added)} of the {len(layout.modules)} LoRA weights of the layout {layout.name!r}"
+        )
+    return copy
+
+
+def _check_fit(model: Any, layout: Layout, keys: dict[str, Any]) -> None:
+    missing = misshapen = 0
+    for module in layout.modules:
+        key = keys.get("lora_unet_" + module.name.replace(".", "_"))
+        if not isinstance(key, str):  # absent, or a slice of a fused weight
+            missing += 1
+        elif tuple(comfy.utils.get_attr(model.model, key).shape) != (module.out_features, module.in_features):
+            misshapen += 1
+    if missing or misshapen:
+        raise LayoutMismatch(
+            f"This identity needs a model of the family {layout.base_model!r} ({len(layout.modules)} attention weights "
+            f"of the layout {layout.name!r}), but the model is {_name(model)}: {missing} of them are missing and "
+            f"{misshapen} have another shape. Connect the model that the space was learned on."
+        )
+
+
+def _name(model: Any) -> str:
+    """What the host calls a model: its configuration, such as SD15 or SDXL, and its class."""
+    return f"{type(model.model.model_config).__name__} ({type(model.model).__name__})"
+
+
+# The avatar base
+
+
+class FoldedUNet(UNetModel):
+    """The host's UNet on pictures whose pixels are folded into channels inside the forward pass.
+
+    From outside it is a model of 3-channel pictures, which is what the host's sampler and pixel-space VAE expect.
+    """
+
+    def __init__(self, *args: Any, fold: int, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.fold = fold
+
+    def _forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        folded = torch.nn.functional.pixel_unshuffle(x, self.fold)
+        return torch.nn.functional.pixel_shuffle(super()._forward(folded, *args, **kwargs), self.fold)
+
+
+class AvatarPixels(comfy.latent_formats.LatentFormat):
+    """Latents that are the pictures themselves, in [-1, 1]."""
+
+    latent_channels = 3
+    spacial_downscale_ratio = 1  # the host's spelling
+    latent_rgb_factors = [[0.5, 0.0, 0.0], [0.0, 0.5, 0.0], [0.0, 0.0, 0.5]]
+
+
+class AvatarConfig(comfy.supported_models_base.BASE):
+    unet_extra_config: dict[str, Any] = {}  # BASE would overwrite the number of heads
+    latent_format = AvatarPixels
+    memory_usage_factor = 0.2
+    supported_inference_dtypes = [torch.float32]
+
+
+class AvatarModel(comfy.model_base.BaseModel):
+    """Named for the error messages; everything it does is the host's."""
+
+
+def avatar_model(config: dict[str, Any], weights: dict[str, torch.Tensor]) -> Any:
+    """The avatar base as a MODEL: ``config`` from its file, ``weights`` of the UNet under their diffusers names."""
+    settings = AvatarConfig(_unet_config(config, weights))
+    settings.set_inference_dtype(torch.float32, None)  # small enough, and the same picture on every device
+    schedule = config["schedule"]
+    settings.sampling_settings = {
+        "beta_schedule": "linear",  # the host's name for what diffusers calls scaled linear
+        "linear_start": schedule["beta_start"],
+        "linear_end": schedule["beta_end"],
+        "timesteps": schedule["steps"],
+    }
+    model = AvatarModel(
+        settings, model_type=comfy.model_base.ModelType.V_PREDICTION, device="cpu", unet_model=FoldedUNet
+    )
+    model.load_model_weights(_host_names(settings.unet_config, weights, model.diffusion_model), "")
+    return comfy.model_patcher.ModelPatcher(
+        model,
+        load_device=comfy.model_management.get_torch_device(),
+        offload_device=comfy.model_management.unet_offload_device(),
+    )
+
+
+def pixel_vae() -> Any:
+    """The host's VAE that only rescales: pictures in [0, 1] to pixels in [-1, 1] and back."""
+    return comfy.sd.VAE(sd={"pixel_space_vae": torch.tensor(1.0)})
+
+
+def empty_pictures(count: int, size: int) -> dict[str, torch.Tensor]:
+    """LATENT of ``count`` empty pictures, zeros [count, 3, size, size]."""
+    device = comfy.model_management.intermediate_device()
+    return {"samples": torch.zeros(count, 3, size, size, device=device)}
+
+
+def _unet_config(config: dict[str, Any], weights: dict[str, torch.Tensor]) -> dict[str, Any]:
+    channels, layers, fold = config["channels"], config["layers"], config["fold"]
+    depth = [int(f"down_blocks.{level}.attentions.0.norm.weight" in weights) for level in range(len(channels))]
+    return {
+        "fold": fold,
+        "image_size": config["image_size"] // fold,
+        "in_channels": 3 * fold**2,
+        "out_channels": 3 * fold**2,
+        "model_channels": channels[0],
+        "channel_mult": [width // channels[0] for width in channels],
+        "num_res_blocks": [layers] * len(channels),
+        "transformer_depth": [d for d in depth for _ in range(layers)],
+        "transformer_depth_output": [d for d in depth for _ in range(layers + 1)],
+        "transformer_depth_middle": 1,
+        "num_heads": config["heads"],
+        "num_head_channels": -1,
+        "context_dim": config["context_dim"],
+        "use_spatial_transformer": True,
+        "use_linear_in_transformer": False,
+        "legacy": False,
+        "adm_in_channels": None,
+        "use_checkpoint": False,
+        "use_temporal_attention": False,
+    }
+
+
+def _host_names(
+    unet_config: dict[str, Any], weights: dict[str, torch.Tensor], unet: torch.nn.Module
+) -> dict[str, torch.Tensor]:
+    """Rename diffusers' weights to the host's; every weight of the UNet has to be there, and no other."""
+    names = comfy.utils.unet_to_diffusers(unet_config)
+    renamed = {names[name]: weight.float() for name, weight in weights.items() if name in names}
+    expected = unet.state_dict().keys()
+    if renamed.keys() != expected or len(renamed) != len(weights):
+        raise FormatError(
+            f"the avatar base holds {len(weights)} UNet weights of which the host knows {len(renamed)}; "
+            f"its configuration asks for {len(expected)}"
+        )
+    return renamed

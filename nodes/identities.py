@@ -1,0 +1,113 @@
+"""New identities: drawn from a space, or between two others."""
+
+import torch
+from comfy_api.latest import io
+
+from .. import w2wpp
+from . import host
+from .types import IdentitySocket, People, SpaceSocket, schema
+
+
+class SampleIdentity(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="W2WPP_SampleIdentity",
+            display_name="W2W++ Sample Identity",
+            description="Draws people who do not exist from a space. The same seed gives the same people everywhere.",
+            search_aliases=["random face", "new face", "random identity", "original character", "weights2weights"],
+            inputs=[
+                SpaceSocket.Input("space", tooltip="The space to draw from, from W2W++ Load Space."),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=True,
+                    tooltip="Who is drawn. One seed, one set of people, on every machine.",
+                ),
+                io.Float.Input(
+                    "truncation",
+                    default=1.0,
+                    min=0.0,
+                    max=2.0,
+                    step=0.05,
+                    tooltip="How far from the average person: 0 is the average, 1 as varied as the people that the "
+                    "space was learned from, more than 1 is caricature.",
+                ),
+                io.Int.Input(
+                    "count",
+                    default=1,
+                    min=1,
+                    max=64,
+                    tooltip="How many people to draw. Each is painted separately further down the graph.",
+                ),
+            ],
+            outputs=[
+                IdentitySocket.Output(
+                    display_name="identity",
+                    tooltip="The drawn people, together with their space.",
+                )
+            ],
+        )
+
+    @classmethod
+    def execute(cls, space, seed: int, truncation: float, count: int) -> io.NodeOutput:
+        generator = torch.Generator().manual_seed(seed)
+        with host.ordinary_tensors():
+            identity = space.sample(count, generator=generator, truncation=truncation)
+        return io.NodeOutput(People(identity, space))
+
+
+class Interpolate(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="W2WPP_Interpolate",
+            display_name="W2W++ Interpolate",
+            description="Walks from one person to another, in even steps through their space, or past them.",
+            search_aliases=["mix faces", "blend identities", "morph", "weights2weights"],
+            inputs=[
+                IdentitySocket.Input("identity_a", tooltip="Where the walk starts: position 0."),
+                IdentitySocket.Input(
+                    "identity_b", tooltip="Where position 1 lies. It has to come from the same space."
+                ),
+                io.Int.Input(
+                    "steps",
+                    default=5,
+                    min=1,
+                    max=64,
+                    tooltip="How many people the walk gives, both ends included. 1 gives only the person at "
+                    "'position'.",
+                ),
+                io.Float.Input(
+                    "position",
+                    default=1.0,
+                    min=-1.0,
+                    max=2.0,
+                    step=0.05,
+                    tooltip="Where the walk ends: 0 is a, 0.5 halfway, 1 is b. Beyond 1 it exaggerates what sets b "
+                    "apart from a, below 0 the opposite.",
+                ),
+                io.Combo.Input(
+                    "mode",
+                    options=["slerp", "lerp"],
+                    default="slerp",
+                    tooltip="slerp follows the arc on which likely people lie; lerp takes the straight line, which "
+                    "passes closer to the average person.",
+                ),
+            ],
+            outputs=[
+                IdentitySocket.Output(
+                    display_name="identity",
+                    tooltip="The people along the walk, from a to the end position.",
+                )
+            ],
+        )
+
+    @classmethod
+    def execute(cls, identity_a, identity_b, steps: int, position: float, mode: str) -> io.NodeOutput:
+        stops = torch.linspace(0.0, position, steps).tolist() if steps > 1 else [position]
+        with host.ordinary_tensors():
+            walk = w2wpp.interpolate(identity_a.identity, identity_b.identity, positions=stops, mode=mode)
+        return io.NodeOutput(People(walk, identity_a.space))
