@@ -1,0 +1,51 @@
+"""W2W++: identities as points in a space of LoRA weights. This library needs no ComfyUI."""
+
+from .basis import AffineBasis, Basis
+from .codecs import CODECS, Posterior, build_codec
+from .errors import (
+    ConfigError,
+    DataError,
+    FormatError,
+    LayoutMismatch,
+    ShapeError,
+    SpaceMismatch,
+    W2WError,
+)
+from .identity import Identity, concat, interpolate, load_identity, save_identity
+from .layout import SD15, Layout, Module, transformer_layout
+from .lorafile import LoraFile, kohya_tensors, load_lora, save_lora
+from .space import Space
+from .spacefile import load_space, save_space
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CODECS",
+    "SD15",
+    "AffineBasis",
+    "Basis",
+    "ConfigError",
+    "DataError",
+    "FormatError",
+    "Identity",
+    "Layout",
+    "LayoutMismatch",
+    "LoraFile",
+    "Module",
+    "Posterior",
+    "ShapeError",
+    "Space",
+    "SpaceMismatch",
+    "W2WError",
+    "build_codec",
+    "concat",
+    "interpolate",
+    "kohya_tensors",
+    "load_identity",
+    "load_lora",
+    "load_space",
+    "save_identity",
+    "save_lora",
+    "save_space",
+    "transformer_layout",
+]

@@ -1,0 +1,181 @@
+"""Bases: between LoRA vectors [B, P] and whitened coefficients [B, K]."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import ConfigError, ShapeError
+
+ROWS = (
+    512  # components turned to single precision at a time, which bounds the memory of a large basis
+)
+
+
+class Basis:
+    """Principal components of standardised vectors: c = ((w - mean) / std) @ components^T /
+    singular_values.
+
+    mean, std: P; components: K x P, orthonormal rows in half precision; singular_values: K, the
+    standard deviation of each coefficient over the training set (Dravid et al. 2024, w2w). A std
+    may be negative, as in the published w2w files: its sign is part of the coordinates there and
+    cancels on the way back. Where it is (nearly) zero the parameter never varied: it projects to
+    nothing and lifts to its mean.
+
+    Tensors may come from a `reader(name)`; it is asked once per tensor, on first use.
+    """
+
+    kind = "pca"
+
+    def __init__(
+        self,
+        mean: Tensor | None = None,
+        std: Tensor | None = None,
+        components: Tensor | None = None,
+        singular_values: Tensor | None = None,
+        *,
+        reader: Callable[[str], Tensor] | None = None,
+        size: int = 0,
+        rank: int = 0,
+    ) -> None:
+        self._tensors: dict[str, Tensor] = {}
+        self._reader = reader
+        self.size, self.rank = size, rank  # P, K
+        if reader is not None:
+            return
+        if mean is None or std is None or components is None or singular_values is None:
+            raise ConfigError(
+                "A basis needs mean, std, components and singular_values, or a reader of them."
+            )
+        self.rank, self.size = components.shape
+        shapes = [list(t.shape) for t in (mean, std, singular_values)]
+        if shapes != [[self.size], [self.size], [self.rank]]:
+            raise ShapeError(
+                f"A basis with components {list(components.shape)} needs mean and std "
+                f"[{self.size}] and singular values "
+                f"[{self.rank}]. Got {shapes[0]}, {shapes[1]} and {shapes[2]}."
+            )
+        if not bool((singular_values > 0).all()):
+            raise ConfigError(
+                "Every singular value of a basis must be positive; keep fewer components."
+            )
+        self._tensors = {
+            "mean": mean.detach().float(),
+            "std": without_tiny(std.detach().float()),
+            "components": components.detach().half(),
+            "singular_values": singular_values.detach().float(),
+        }
+
+    mean = property(lambda self: self._get("mean"), doc="[P]")
+    std = property(lambda self: self._get("std"), doc="[P], signed as stored")
+    components = property(
+        lambda self: self._get("components"), doc="[K, P], orthonormal rows, half precision"
+    )
+    singular_values = property(lambda self: self._get("singular_values"), doc="[K]")
+
+    def project(self, w: Tensor) -> Tensor:
+        """w [B, P] -> whitened coefficients [B, K]."""
+        check_batch(w, self.size, "vectors", "P")
+        std = self.std
+        x = (w.float() - self.mean) * torch.where(std == 0, 0.0, 1.0 / std)
+        parts = [x @ rows.T for rows in self._rows()]
+        return torch.cat(parts, dim=1) / self.singular_values
+
+    def lift(self, c: Tensor) -> Tensor:
+        """Whitened coefficients c [B, K] -> w [B, P]."""
+        check_batch(c, self.rank, "coefficients", "K")
+        scaled = (c.float() * self.singular_values).split(ROWS, dim=1)
+        x = sum(
+            (part @ rows for part, rows in zip(scaled, self._rows())),
+            torch.zeros((), device=c.device),
+        )
+        return x * self.std + self.mean
+
+    def truncated(self, rank: int) -> Basis:
+        """The first `rank` components."""
+        if not 1 <= rank <= self.rank:
+            raise ConfigError(f"A basis of {self.rank} components can't be truncated to {rank}.")
+        return Basis(self.mean, self.std, self.components[:rank], self.singular_values[:rank])
+
+    def to(self, device: torch.device | str) -> Basis:
+        return Basis(reader=lambda name: self._get(name).to(device), size=self.size, rank=self.rank)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a file stores."""
+        return {name: self._get(name) for name in ("mean", "std", "components", "singular_values")}
+
+    def config(self) -> dict[str, Any]:
+        return {"kind": self.kind, "size": self.size, "rank": self.rank}
+
+    # Outside of inference mode, so that what is cached here can take part in gradients later.
+    @torch.inference_mode(False)
+    def _get(self, name: str) -> Tensor:
+        if name not in self._tensors:
+            assert self._reader is not None
+            tensor = self._reader(name)
+            self._tensors[name] = without_tiny(tensor) if name == "std" else tensor
+        return self._tensors[name]
+
+    def _rows(self) -> Iterator[Tensor]:
+        for rows in self.components.split(ROWS):
+            yield rows.float()
+
+
+class AffineBasis:
+    """Raw vectors up to an affine map: c = (w - shift) * scale, so K = P.
+
+    This is how the w2w++ seed's checkpoints see a LoRA (its first VAE reads w * 10); there is
+    nothing to whiten.
+    """
+
+    kind = "affine"
+
+    def __init__(self, size: int, *, shift: float = 0.0, scale: float = 1.0) -> None:
+        if scale == 0 or size < 1:
+            raise ConfigError(
+                f"An affine basis needs a size and a scale other than 0. Got {size=} and {scale=}."
+            )
+        self.size = self.rank = size
+        self.shift, self.scale = float(shift), float(scale)
+
+    @property
+    def singular_values(self) -> Tensor:
+        """[K], all one: every number of the vector weighs the same."""
+        return torch.ones(self.rank)
+
+    def project(self, w: Tensor) -> Tensor:
+        """w [B, P] -> c [B, P]."""
+        check_batch(w, self.size, "vectors", "P")
+        return (w.float() - self.shift) * self.scale
+
+    def lift(self, c: Tensor) -> Tensor:
+        """c [B, P] -> w [B, P]."""
+        check_batch(c, self.rank, "coefficients", "K")
+        return c.float() / self.scale + self.shift
+
+    def to(self, device: torch.device | str) -> AffineBasis:
+        return self
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {}
+
+    def config(self) -> dict[str, Any]:
+        return {"kind": self.kind, "size": self.size, "shift": self.shift, "scale": self.scale}
+
+
+AnyBasis = Basis | AffineBasis
+
+
+def without_tiny(std: Tensor) -> Tensor:
+    """Deviations [P] with those that are only rounding error set to exactly zero; signs stay."""
+    return torch.where(std.abs() > 1e-8 * std.abs().max(), std, 0.0)
+
+
+def check_batch(t: Tensor, size: int, what: str, letter: str) -> None:
+    if t.ndim != 2 or t.shape[1] != size:
+        raise ShapeError(
+            f"Expected {what} [B, {letter}] with {letter} = {size}. Got {list(t.shape)}."
+        )

@@ -1,0 +1,83 @@
+"""What every codec is: a module between whitened coefficients [B, K] and latents [B, d]."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..basis import check_batch
+
+LOGVAR_MIN, LOGVAR_MAX = -30.0, 20.0
+
+
+@dataclass(frozen=True, eq=False)
+class Posterior:
+    """A diagonal Gaussian over latents: mean [B, d] and logarithm of the variance [B, d]."""
+
+    mean: Tensor
+    logvar: Tensor
+
+    @property
+    def std(self) -> Tensor:
+        return torch.exp(0.5 * self.logvar)
+
+    def kl(self) -> Tensor:
+        """Divergence from N(0, I) per unit, in nats: [B, d] (Kingma and Welling 2014, appendix B)."""
+        return 0.5 * (self.mean**2 + self.logvar.exp() - 1.0 - self.logvar)
+
+    def at(self, noise: Tensor) -> Tensor:
+        """The reparametrised sample for standard normal noise [B, d]."""
+        return self.mean + self.std * noise
+
+
+class Codec(nn.Module):
+    """Subclasses define `_encode`, `_decode` and `options`; layers come from `operations` (torch.nn or a host's own)."""
+
+    name: ClassVar[str]
+
+    def __init__(self, coefficient_size: int, latent_size: int) -> None:
+        super().__init__()
+        self.coefficient_size, self.latent_size = coefficient_size, latent_size  # K, d
+        self._reader: Callable[[], Mapping[str, Tensor]] | None = None
+
+    def encode(self, c: Tensor) -> Posterior:
+        """c [B, K] -> posterior over z [B, d]."""
+        check_batch(c, self.coefficient_size, "coefficients", "K")
+        self.materialise()
+        return self._encode(c)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """z [B, d] -> c [B, K]."""
+        check_batch(z, self.latent_size, "latents", "d")
+        self.materialise()
+        return self._decode(z)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Everything that `build_codec` needs to make this architecture again."""
+        sizes = {"coefficient_size": self.coefficient_size, "latent_size": self.latent_size}
+        return {"name": self.name, **sizes, **self.options()}
+
+    def options(self) -> dict[str, Any]:
+        return {}
+
+    def read_later(self, reader: Callable[[], Mapping[str, Tensor]]) -> None:
+        """Leave the weights where they are (built on the meta device) until the codec is first used."""
+        self._reader = reader
+
+    @torch.inference_mode(False)
+    def materialise(self) -> None:
+        if self._reader is not None:
+            reader, self._reader = self._reader, None
+            self.load_state_dict(dict(reader()), strict=True, assign=True)
+            self.requires_grad_(False).eval()
+
+    def _encode(self, c: Tensor) -> Posterior:
+        raise NotImplementedError
+
+    def _decode(self, z: Tensor) -> Tensor:
+        raise NotImplementedError

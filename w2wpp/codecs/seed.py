@@ -1,0 +1,29 @@
+"""The w2w++ seed's vanilla VAE: raw vectors times ten in, tanh out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from .vae_mlp import MLPVAE
+
+
+class Seed(MLPVAE):
+    """P -> 2048 -> 1024 -> d and back, then tanh. Use with `AffineBasis(P, scale=10)`: a vector is tanh(...) / 10."""
+
+    name = "seed"
+
+    def __init__(
+        self,
+        coefficient_size: int,
+        latent_size: int,
+        *,
+        hidden: Sequence[int] = (2048, 1024),
+        operations: Any = nn,
+    ) -> None:
+        super().__init__(coefficient_size, latent_size, hidden=hidden, operations=operations)
+
+    def _head(self) -> Sequence[nn.Module]:
+        return (nn.Tanh(),)

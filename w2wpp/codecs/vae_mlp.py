@@ -1,0 +1,56 @@
+"""The plain VAE in the shape of the w2w++ seed, here on whitened coefficients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+from torch import Tensor, nn
+
+from .base import LOGVAR_MAX, LOGVAR_MIN, Codec, Posterior
+
+
+class MLPVAE(Codec):
+    """K -> hidden -> d and back, LeakyReLU 0.01 between linear layers. Parameter names are the seed's own."""
+
+    name = "vae-mlp"
+
+    def __init__(
+        self,
+        coefficient_size: int,
+        latent_size: int,
+        *,
+        hidden: Sequence[int] = (512, 256),
+        operations: Any = nn,
+    ) -> None:
+        super().__init__(coefficient_size, latent_size)
+        self.hidden = tuple(hidden)
+        widths = [coefficient_size, *self.hidden]
+        back = self.hidden[::-1]
+
+        def layer(size_in: int, size_out: int) -> nn.Sequential:
+            return nn.Sequential(operations.Linear(size_in, size_out), nn.LeakyReLU(0.01))
+
+        self.encoder = nn.Sequential(*(layer(i, o) for i, o in pairwise(widths)))
+        self.fc_mu = operations.Linear(widths[-1], latent_size)
+        self.fc_var = operations.Linear(widths[-1], latent_size)
+        self.decoder_input = operations.Linear(latent_size, widths[-1])
+        self.decoder = nn.Sequential(*(layer(i, o) for i, o in pairwise(back)))
+        self.final_layer = nn.Sequential(
+            operations.Linear(back[-1] if back else coefficient_size, coefficient_size),
+            *self._head(),
+        )
+
+    def options(self) -> dict[str, Any]:
+        return {"hidden": list(self.hidden)}
+
+    def _head(self) -> Sequence[nn.Module]:
+        return ()
+
+    def _encode(self, c: Tensor) -> Posterior:
+        h = self.encoder(c)
+        return Posterior(self.fc_mu(h), self.fc_var(h).clamp(LOGVAR_MIN, LOGVAR_MAX))
+
+    def _decode(self, z: Tensor) -> Tensor:
+        return self.final_layer(self.decoder(self.decoder_input(z)))

@@ -1,0 +1,82 @@
+"""The VAE that starts as PCA: the first d coefficients, plus a learned linear map, plus a residual MLP, each way."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ConfigError
+from .base import LOGVAR_MAX, LOGVAR_MIN, Codec, Posterior
+
+
+class SkipVAE(Codec):
+    """With zero weights in the learned parts, decode(encode(c).mean) is c cut to its first d
+    coefficients: PCA of size d.
+
+    encode: mean = c[:d] + E c + f(g c), logvar = L f'(g c)     decode: c = (z, 0) + D z + g h(z)
+    E, D and the last layers of f and h start at zero. The gain g [K] (standard deviation of each
+    coefficient relative to the first) keeps the many coefficients of little weight from feeding
+    noise through the networks.
+    """
+
+    name = "vae-skip"
+
+    def __init__(
+        self,
+        coefficient_size: int,
+        latent_size: int,
+        *,
+        hidden: Sequence[int] = (256,),
+        dropout: float = 0.0,
+        operations: Any = nn,
+    ) -> None:
+        super().__init__(coefficient_size, latent_size)
+        if latent_size > coefficient_size:
+            raise ConfigError(f"vae-skip needs d <= K. Got {latent_size=} and {coefficient_size=}.")
+        self.hidden, self.dropout = tuple(hidden), float(dropout)
+        k, d = coefficient_size, latent_size
+        self.register_buffer("gain", torch.ones(k))
+        self.encoder_linear = operations.Linear(k, d, bias=False)
+        self.encoder = _mlp(k, self.hidden, self.dropout, operations)
+        self.fc_mu = operations.Linear(self._width(k), d)
+        self.fc_var = operations.Linear(self._width(k), d)
+        self.decoder_linear = operations.Linear(d, k)
+        self.decoder = _mlp(d, self.hidden, self.dropout, operations)
+        self.final_layer = operations.Linear(self._width(d), k, bias=False)
+        self._start_at_pca()
+
+    def options(self) -> dict[str, Any]:
+        return {"hidden": list(self.hidden), "dropout": self.dropout}
+
+    def _width(self, size_in: int) -> int:
+        return self.hidden[-1] if self.hidden else size_in
+
+    def _start_at_pca(self) -> None:
+        for layer in (
+            self.encoder_linear,
+            self.fc_mu,
+            self.fc_var,
+            self.decoder_linear,
+            self.final_layer,
+        ):
+            for p in layer.parameters():
+                nn.init.zeros_(p)
+
+    def _encode(self, c: Tensor) -> Posterior:
+        h = self.encoder(c * self.gain)
+        mean = c[:, : self.latent_size] + self.encoder_linear(c) + self.fc_mu(h)
+        return Posterior(mean, self.fc_var(h).clamp(LOGVAR_MIN, LOGVAR_MAX))
+
+    def _decode(self, z: Tensor) -> Tensor:
+        padded = nn.functional.pad(z, (0, self.coefficient_size - self.latent_size))
+        return padded + self.decoder_linear(z) + self.final_layer(self.decoder(z)) * self.gain
+
+
+def _mlp(size_in: int, hidden: Sequence[int], dropout: float, operations: Any) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for i, o in zip([size_in, *hidden], hidden):
+        layers += [operations.Linear(i, o), nn.SiLU(), nn.Dropout(dropout)]
+    return nn.Sequential(*layers)

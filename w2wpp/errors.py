@@ -1,0 +1,29 @@
+"""Everything this library refuses, in one family: catch `W2WError` and print it, it is a sentence for the user."""
+
+
+class W2WError(ValueError):
+    """Base class. Messages say what was received, what was expected and what to do next."""
+
+
+class FormatError(W2WError):
+    """A file is not what it claims to be: truncated, of another format, a future version, not finite."""
+
+
+class LayoutMismatch(W2WError):
+    """LoRA weights do not fit a layout: modules are missing, unknown or of another shape."""
+
+
+class SpaceMismatch(W2WError):
+    """An identity meets a space that it was not made in."""
+
+
+class ShapeError(W2WError):
+    """A tensor has the wrong shape for the operation."""
+
+
+class ConfigError(W2WError):
+    """A setting is out of its range or unknown."""
+
+
+class DataError(W2WError):
+    """A training set cannot support what is asked of it."""

@@ -1,0 +1,204 @@
+"""Identities: one or many points of a space, as one value that can travel along a wire."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .container import open_container, write_container
+from .errors import ConfigError, FormatError, ShapeError, SpaceMismatch
+
+if TYPE_CHECKING:
+    from .space import Space
+
+FORMAT = "w2wpp.identity"
+
+
+@dataclass(frozen=True, eq=False)
+class Identity:
+    """Latents z [B, d] of one space, with an optional residual [B, K] in its coefficients.
+
+    The vector is decode(z) plus the residual lifted; the residual reaches what the latents alone
+    can't express.
+    """
+
+    z: Tensor
+    space_fingerprint: str
+    residual: Tensor | None = None
+    provenance: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # JSON: how it was made, from which seed or parents
+
+    def __post_init__(self) -> None:
+        if self.z.ndim != 2:
+            raise ShapeError(f"An identity holds latents [B, d]. Got {list(self.z.shape)}.")
+        r = self.residual
+        if r is not None and (r.ndim != 2 or len(r) != len(self.z)):
+            raise ShapeError(
+                f"An identity of {len(self.z)} latents takes a residual [{len(self.z)}, K]. Got "
+                f"{list(r.shape)}."
+            )
+        if not all(bool(torch.isfinite(t).all()) for t in (self.z, r) if t is not None):
+            raise ShapeError(
+                "The latents of an identity hold NaN or infinite numbers; its optimisation "
+                "diverged."
+            )
+
+    def __len__(self) -> int:
+        return len(self.z)
+
+    def __getitem__(self, index: int | slice) -> Identity:
+        """One identity or a range of them, still as a batch. The provenance keeps the rows it came from."""
+        rows = list(range(len(self)))[index]
+        rows = rows if isinstance(rows, list) else [rows]
+        before = self.provenance.get("rows", range(len(self)))
+        provenance = {**self.provenance, "rows": [before[i] for i in rows]}
+        residual = None if self.residual is None else self.residual[rows]
+        return Identity(self.z[rows], self.space_fingerprint, residual, provenance)
+
+    def __iter__(self) -> Iterator[Identity]:
+        return (self[i] for i in range(len(self)))
+
+    def vectors(self, space: Space) -> Tensor:
+        """The LoRA vectors [B, P]; refuses any space but the one it was made in."""
+        require_same_space(self.space_fingerprint, space.fingerprint, space.name)
+        return space.decode(self.z, self.residual)
+
+
+def concat(identities: Sequence[Identity]) -> Identity:
+    """Several identities of one space as one."""
+    if not identities:
+        raise ConfigError("There is nothing to concatenate: the list of identities is empty.")
+    first = identities[0]
+    for other in identities[1:]:
+        require_same_space(first.space_fingerprint, other.space_fingerprint)
+    z = torch.cat([i.z for i in identities])
+    parents = {"made_by": "concat", "parents": [dict(i.provenance) for i in identities]}
+    return Identity(z, first.space_fingerprint, _stack_residuals(identities), parents)
+
+
+def interpolate(
+    a: Identity,
+    b: Identity,
+    *,
+    steps: int | None = None,
+    positions: Sequence[float] | None = None,
+    mode: str = "slerp",
+) -> Identity:
+    """Points between two identities, a at 0 and b at 1.
+
+    `steps` spreads that many over [0, 1]; `positions` names them, and those outside of [0, 1]
+    extrapolate. slerp follows the great circle, which keeps latents at the length that the prior
+    gives them (Shoemake 1985); lerp is the straight line. A residual is always interpolated along
+    the line.
+    """
+    if mode not in ("slerp", "lerp"):
+        raise ConfigError(f"Interpolation goes by 'slerp' or 'lerp'. Got {mode!r}.")
+    if len(a) != 1 or len(b) != 1:
+        raise ShapeError(
+            f"Interpolation takes one identity at each end; pick with [i]. Got {len(a)} and "
+            f"{len(b)}."
+        )
+    require_same_space(a.space_fingerprint, b.space_fingerprint)
+    t = _positions(steps, positions)
+    path = _slerp if mode == "slerp" else _lerp
+    z = path(a.z.double(), b.z.double(), t).float()
+    residual = None
+    if a.residual is not None or b.residual is not None:
+        ends = _stack_residuals([a, b])
+        assert ends is not None
+        residual = _lerp(ends[:1].double(), ends[1:].double(), t).float()
+    parents = [dict(a.provenance), dict(b.provenance)]
+    how = {
+        "made_by": "interpolate",
+        "mode": mode,
+        "positions": t.flatten().tolist(),
+        "parents": parents,
+    }
+    return Identity(z, a.space_fingerprint, residual, how)
+
+
+def save_identity(identity: Identity, path: str | os.PathLike[str]) -> None:
+    tensors = {"z": identity.z.float()}
+    if identity.residual is not None:
+        tensors["residual"] = identity.residual.float()
+    config = {
+        "space_fingerprint": identity.space_fingerprint,
+        "provenance": dict(identity.provenance),
+    }
+    write_container(path, tensors, format=FORMAT, config=config)
+
+
+def load_identity(path: str | os.PathLike[str]) -> Identity:
+    file = open_container(path, FORMAT)
+    fingerprint, provenance = (
+        file.config.get("space_fingerprint"),
+        file.config.get("provenance", {}),
+    )
+    if not isinstance(fingerprint, str) or not isinstance(provenance, dict):
+        raise FormatError(f"{path}: the identity does not say which space it belongs to.")
+    rows = file.require("z", (None, None), torch.float32).shape[0]
+    residual = None
+    if "residual" in file:
+        file.require("residual", (rows, None), torch.float32)
+        residual = file.read("residual")
+    return Identity(file.read("z"), fingerprint, residual, provenance)
+
+
+def require_same_space(identity: str, space: str, name: str = "") -> None:
+    if identity != space:
+        which = (
+            f"the space '{name}' ({space[:8]})" if name else f"one made in the space {space[:8]}"
+        )
+        raise SpaceMismatch(
+            f"This identity was made in the space {identity[:8]} and can't be used with {which}: "
+            "the same numbers mean another face there. Load the space that it was made in."
+        )
+
+
+def _positions(steps: int | None, positions: Sequence[float] | None) -> Tensor:
+    """[T, 1] in double precision."""
+    if (steps is None) == (positions is None):
+        raise ConfigError("Interpolation takes either steps or positions.")
+    if steps is not None:
+        if steps < 1:
+            raise ConfigError(f"Interpolation needs at least one step. Got {steps}.")
+        return torch.linspace(0.0, 1.0, steps, dtype=torch.float64)[:, None]
+    t = torch.tensor(list(positions or ()), dtype=torch.float64)[:, None]
+    if len(t) == 0 or not bool(torch.isfinite(t).all()):
+        raise ConfigError(f"Interpolation needs finite positions. Got {positions}.")
+    return t
+
+
+def _lerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
+    return (1.0 - t) * a + t * b
+
+
+def _slerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
+    """a, b [1, d], t [T, 1] -> [T, d]; lengths are blended as well, because latents are not of unit length."""
+    lengths = a.norm() * b.norm()
+    angle = (
+        torch.acos(((a * b).sum() / lengths).clamp(-1.0, 1.0)) if lengths > 0 else torch.zeros(())
+    )
+    # Parallel ends have no circle to follow and opposite ones have too many; both go straight.
+    if torch.sin(angle) < 1e-6:
+        return _lerp(a, b, t)
+    return (torch.sin((1.0 - t) * angle) * a + torch.sin(t * angle) * b) / torch.sin(angle)
+
+
+def _stack_residuals(identities: Sequence[Identity]) -> Tensor | None:
+    """[sum B, K], zero where an identity has none; None if none has one."""
+    sizes = {i.residual.shape[1] for i in identities if i.residual is not None}
+    if not sizes:
+        return None
+    if len(sizes) > 1:
+        raise ShapeError(f"Residuals of one space have one size. Got {sorted(sizes)}.")
+    width = sizes.pop()
+    return torch.cat(
+        [i.z.new_zeros(len(i), width) if i.residual is None else i.residual for i in identities]
+    )

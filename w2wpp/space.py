@@ -1,0 +1,171 @@
+"""A space: everything between a latent and a LoRA, as one immutable value."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .basis import AnyBasis
+from .codecs import Codec, Posterior
+from .container import DTYPE_NAMES
+from .errors import ConfigError, DataError, ShapeError
+from .identity import Identity
+from .layout import Layout
+from .noise import standard_normal
+
+
+@dataclass(frozen=True, eq=False)
+class Space:
+    """layout, basis and codec in a row. Latents leave it standardised: (codec latent - prior_mean)
+    / prior_std.
+
+    So every latent dimension has mean 0 and unit deviation over the training set, whatever the
+    codec, and N(0, I) is the prior to sample from.
+    """
+
+    layout: Layout
+    basis: AnyBasis
+    codec: Codec
+    prior_mean: Tensor  # [d]
+    prior_std: Tensor  # [d], positive
+    provenance: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # JSON: name, version, licence, trigger_prompt, ...
+    directions: Mapping[str, Tensor] = field(
+        default_factory=dict
+    )  # attribute directions [d], standardised latents
+
+    def __post_init__(self) -> None:
+        if (self.layout.size, self.basis.rank) != (self.basis.size, self.codec.coefficient_size):
+            raise ShapeError(
+                f"The parts of a space must meet: layout P = {self.layout.size} and basis P = "
+                f"{self.basis.size}, "
+                f"basis K = {self.basis.rank} and codec K = {self.codec.coefficient_size}."
+            )
+        d = (self.codec.latent_size,)
+        vectors = {"prior_mean": self.prior_mean, "prior_std": self.prior_std, **self.directions}
+        wrong = [f"{name} {list(t.shape)}" for name, t in vectors.items() if tuple(t.shape) != d]
+        if wrong:
+            raise ShapeError(
+                f"The latents of this codec have {d[0]} dimensions. Got {', '.join(wrong)}."
+            )
+        if not bool((self.prior_std > 0).all()):
+            raise ConfigError("The prior's standard deviations must be positive.")
+
+    @property
+    def latent_size(self) -> int:
+        """d."""
+        return self.codec.latent_size
+
+    @property
+    def name(self) -> str:
+        return str(self.provenance.get("name", "unnamed"))
+
+    @property
+    def version(self) -> str:
+        return str(self.provenance.get("version", ""))
+
+    @property
+    def licence(self) -> str:
+        return str(self.provenance.get("licence", ""))
+
+    @property
+    def base_model(self) -> str:
+        return self.layout.base_model
+
+    @property
+    def trigger_prompt(self) -> str:
+        return str(self.provenance.get("trigger_prompt", ""))
+
+    @property
+    def training_report(self) -> Mapping[str, Any]:
+        return self.provenance.get("training_report", {})
+
+    def encode(self, w: Tensor) -> Posterior:
+        """w [B, P] -> posterior over standardised latents [B, d]."""
+        if not bool(torch.isfinite(w).all()):
+            raise DataError("The LoRA vectors to encode hold NaN or infinite numbers.")
+        raw = self.codec.encode(self.basis.project(w))
+        mean = (raw.mean - self.prior_mean) / self.prior_std
+        return Posterior(mean, raw.logvar - 2.0 * torch.log(self.prior_std))
+
+    def decode(self, z: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Standardised latents z [B, d], and a residual [B, K] in coefficients -> w [B, P]."""
+        c = self.codec.decode(z.float() * self.prior_std + self.prior_mean)
+        return self.basis.lift(c if residual is None else c + residual)
+
+    def lift(self, c: Tensor) -> Tensor:
+        """Whitened coefficients c [B, K] -> w [B, P]."""
+        return self.basis.lift(c)
+
+    def sample(self, n: int, *, generator: torch.Generator, truncation: float = 1.0) -> Identity:
+        """n identities from N(0, I), scaled by the truncation. Same generator seed, same bits, on every machine."""
+        if n < 1:
+            raise ConfigError(f"Sampling needs at least one identity. Got {n}.")
+        if not 0.0 <= truncation < float("inf"):
+            raise ConfigError(
+                f"Truncation must be zero or positive (usually 0 to 1). Got {truncation}."
+            )
+        seed = generator.initial_seed()
+        z = standard_normal(n, self.latent_size, generator=generator) * truncation
+        how = {"made_by": "sample", "seed": seed, "truncation": truncation, "space": self.name}
+        return Identity(z, self.fingerprint, None, how)
+
+    def to(self, device: torch.device | str) -> Space:
+        """The same space with its tensors on a device."""
+        self.codec.materialise()
+        moved = replace(
+            self,
+            basis=self.basis.to(device),
+            codec=copy.deepcopy(self.codec).to(device),
+            prior_mean=self.prior_mean.to(device),
+            prior_std=self.prior_std.to(device),
+            directions={name: t.to(device) for name, t in self.directions.items()},
+        )
+        vars(moved)["fingerprint"] = self.fingerprint
+        return moved
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What decides how latents become vectors, as files store it: half precision wherever that loses nothing."""
+        self.codec.materialise()
+        parts = {
+            **{f"basis.{name}": t for name, t in self.basis.tensors().items()},
+            **{f"codec.{name}": t for name, t in self.codec.state_dict().items()},
+            "prior.mean": self.prior_mean,
+            "prior.std": self.prior_std,
+        }
+        return {name: compact(t.detach().cpu()) for name, t in parts.items()}
+
+    def architecture(self) -> dict[str, Any]:
+        """The JSON beside these tensors."""
+        return {
+            "layout": self.layout.to_json(),
+            "basis": self.basis.config(),
+            "codec": self.codec.config,
+        }
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Names the coordinates, not the file: 32 hex digits over tensors and architecture, not over provenance."""
+        digest = hashlib.sha256(json.dumps(self.architecture(), sort_keys=True).encode())
+        for name, t in sorted(self.tensors().items()):
+            digest.update(f"{name} {DTYPE_NAMES[t.dtype]} {list(t.shape)};".encode())
+            digest.update(memoryview(t.reshape(-1).view(torch.uint8).numpy()))
+        return digest.hexdigest()[:32]
+
+
+def compact(t: Tensor) -> Tensor:
+    """A tensor in half precision if every number survives it, unchanged otherwise."""
+    t = t.contiguous()
+    if t.dtype != torch.float32:
+        return t
+    half = t.half()
+    return half if torch.equal(half.float(), t) else t

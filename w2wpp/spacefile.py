@@ -1,0 +1,124 @@
+"""Space files: one safetensors that holds weights, standardisation, layout, architecture, version
+and provenance.
+
+    metadata   format "w2wpp.space", format_version "1", config (JSON: layout, basis, codec,
+    provenance, fingerprint) basis.*    mean, std [P]; components [K, P] half precision;
+    singular_values [K]   (none for an affine basis) codec.*    the codec's parameters, under their
+    own names prior.*    mean, std [d] direction.<name> [d]
+
+A space is opened lazily: the header is read and checked, tensors stay in the file until they are
+used.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .basis import AffineBasis, AnyBasis, Basis
+from .codecs import Codec, build_codec
+from .container import Container, open_container, write_container
+from .errors import ConfigError, FormatError
+from .layout import Layout
+from .space import Space, compact
+
+FORMAT = "w2wpp.space"
+FLOATS = (torch.float16, torch.float32)
+
+
+def save_space(space: Space, path: str | os.PathLike[str]) -> None:
+    """Write a space, atomically."""
+    directions = {f"direction.{n}": compact(t.detach().cpu()) for n, t in space.directions.items()}
+    config = {
+        **space.architecture(),
+        "provenance": dict(space.provenance),
+        "fingerprint": space.fingerprint,
+    }
+    write_container(path, {**space.tensors(), **directions}, format=FORMAT, config=config)
+
+
+def load_space(path: str | os.PathLike[str]) -> Space:
+    """Open a space; costs its header and the few numbers of its prior."""
+    file = open_container(path, FORMAT)
+    try:
+        layout = Layout.from_json(file.config["layout"])
+        basis = _basis(file, file.config["basis"], layout.size)
+        codec = _codec(file, file.config["codec"])
+        provenance, fingerprint = file.config["provenance"], file.config["fingerprint"]
+    except (KeyError, TypeError, AttributeError, ConfigError) as e:
+        raise FormatError(f"{path}: the configuration of this space does not read: {e}.") from e
+    d = codec.latent_size
+    for name in ("prior.mean", "prior.std"):
+        file.require(name, (d,), *FLOATS)
+    space = Space(
+        layout,
+        basis,
+        codec,
+        _single(file, "prior.mean"),
+        _single(file, "prior.std"),
+        provenance,
+        {
+            n.removeprefix("direction."): _single(file, n)
+            for n in file.entries
+            if n.startswith("direction.")
+        },
+    )
+    vars(space)["fingerprint"] = str(
+        fingerprint
+    )  # as written; computing it would read every tensor
+    return space
+
+
+def _basis(file: Container, config: Mapping[str, Any], size: int) -> AnyBasis:
+    if config["kind"] == AffineBasis.kind:
+        return AffineBasis(int(config["size"]), shift=config["shift"], scale=config["scale"])
+    if config["kind"] != Basis.kind:
+        raise ConfigError(f"unknown basis {config['kind']!r}")
+    rank = int(config["rank"])
+    file.require("basis.mean", (size,), *FLOATS)
+    file.require("basis.std", (size,), *FLOATS)
+    file.require("basis.components", (rank, size), torch.float16)
+    file.require("basis.singular_values", (rank,), *FLOATS)
+
+    def read(name: str) -> Tensor:
+        tensor = file.read(f"basis.{name}")
+        return tensor if name == "components" else tensor.float()
+
+    return Basis(reader=read, size=size, rank=rank)
+
+
+def _codec(file: Container, config: Mapping[str, Any]) -> Codec:
+    """The architecture without memory behind it, and the promise to read the weights."""
+    _check_budget(file, config)
+    with torch.device("meta"):
+        codec = build_codec(config)
+    expected = codec.state_dict()
+    stored = {n.removeprefix("codec.") for n in file.entries if n.startswith("codec.")}
+    if stored != set(expected):
+        odd = sorted(stored ^ set(expected))
+        raise FormatError(
+            f"{file.path}: the codec's weights do not match its architecture, e.g. '{odd[0]}'."
+        )
+    for name, t in expected.items():
+        file.require(f"codec.{name}", tuple(t.shape), *FLOATS)
+    codec.read_later(lambda: {name: _single(file, f"codec.{name}") for name in expected})
+    return codec
+
+
+def _check_budget(file: Container, config: Mapping[str, Any]) -> None:
+    """Refuse sizes that the file can't back, before modules are built for them."""
+    sizes = [config["coefficient_size"], config["latent_size"], *config.get("hidden", [])]
+    if not all(type(n) is int and n >= 1 for n in sizes) or len(sizes) > 100:
+        raise ConfigError(f"impossible codec sizes {sizes}")
+    held = sum(math.prod(e.shape) for n, e in file.entries.items() if n.startswith("codec."))
+    if config.get("hidden") and max(sizes) > held:
+        raise ConfigError(f"the codec claims sizes {sizes} but holds {held} numbers")
+
+
+def _single(file: Container, name: str) -> Tensor:
+    return file.read(name).float()

@@ -1,0 +1,1 @@
+"""From LoRA vectors to a space: data sets, PCA and the training of VAEs."""

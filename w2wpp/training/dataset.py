@@ -1,0 +1,179 @@
+"""Data sets of LoRA vectors: one safetensors file, read in chunks of rows.
+
+    metadata   format "w2wpp.dataset", format_version "1", config (JSON: layout, label_names, provenance)
+    vectors    [N, P] single precision
+    identity   [N] int64, the person a row belongs to; several rows may share one
+    heldout    [N] bool, rows kept out of every fit
+    labels     [N, A] single precision, optional
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..container import Container, Streamed, open_container, write_container
+from ..errors import DataError, FormatError
+from ..layout import Layout
+
+FORMAT = "w2wpp.dataset"
+CHUNK_BYTES = 128 << 20  # of single-precision vectors held at a time
+
+
+@dataclass(frozen=True, eq=False)
+class VectorDataset:
+    """Vectors [N, P] in memory or in a file, with one person id, one held-out flag and labels per row."""
+
+    layout: Layout
+    source: Tensor | Container
+    identity: Tensor  # [N] int64
+    heldout: Tensor  # [N] bool
+    labels: Tensor | None = None  # [N, A]
+    label_names: tuple[str, ...] = ()
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        n = len(self.identity)
+        shapes = [list(self.heldout.shape), [n]] if self.labels is None else [
+            [*self.heldout.shape, *self.labels.shape],
+            [n, n, len(self.label_names)],
+        ]
+        if shapes[0] != shapes[1]:
+            raise DataError(f"A data set of {n} rows has flags and labels of other sizes: {shapes[0]}.")
+        check_holdout(self.identity, self.heldout)
+
+    def __len__(self) -> int:
+        """N."""
+        return len(self.identity)
+
+    @property
+    def training_rows(self) -> Tensor:
+        return torch.nonzero(~self.heldout).flatten()
+
+    @property
+    def heldout_rows(self) -> Tensor:
+        return torch.nonzero(self.heldout).flatten()
+
+    def vectors(self, rows: Tensor | Sequence[int] | None = None) -> Tensor:
+        """w [n, P] of some rows in the order asked for, or of all."""
+        wanted = torch.arange(len(self)) if rows is None else torch.as_tensor(rows).long()
+        if isinstance(self.source, Tensor):
+            return self.source[wanted].float()
+        out = torch.empty(len(wanted), self.layout.size)
+        for i, (start, stop) in _runs(wanted):
+            out[i : i + stop - start] = self.source.read_rows("vectors", start, stop)
+        return out
+
+    def chunks(self, rows: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """(row numbers [n], w [n, P]) a bounded number of bytes at a time."""
+        wanted = torch.arange(len(self)) if rows is None else rows
+        per_chunk = max(1, CHUNK_BYTES // (4 * self.layout.size))
+        for part in wanted.split(per_chunk):
+            yield part, self.vectors(part)
+
+
+def load_dataset(path: str | os.PathLike[str]) -> VectorDataset:
+    """Open a data set; the vectors stay in the file."""
+    file = open_container(path, FORMAT)
+    try:
+        layout = Layout.from_json(file.config["layout"])
+        names = tuple(str(n) for n in file.config.get("label_names", ()))
+    except (KeyError, TypeError) as e:
+        raise FormatError(f"{path}: the configuration of this data set does not read: {e!r}.") from e
+    n = file.require("vectors", (None, layout.size), torch.float32).shape[0]
+    file.require("identity", (n,), torch.int64)
+    file.require("heldout", (n,), torch.bool)
+    labels = None
+    if "labels" in file:
+        file.require("labels", (n, len(names)), torch.float32)
+        labels = file.read("labels")
+    return VectorDataset(
+        layout,
+        file,
+        file.read("identity"),
+        file.read("heldout"),
+        labels,
+        names,
+        file.config.get("provenance", {}),
+    )
+
+
+def write_dataset(
+    path: str | os.PathLike[str],
+    vectors: Tensor | Iterable[Tensor],
+    layout: Layout,
+    identity: Tensor,
+    *,
+    heldout: Tensor | None = None,
+    labels: Tensor | None = None,
+    label_names: Sequence[str] = (),
+    provenance: Mapping[str, Any] | None = None,
+) -> VectorDataset:
+    """Write vectors [N, P], or chunks [n, P] of them that add up to N, and open the result."""
+    n = len(identity)
+    heldout = torch.zeros(n, dtype=torch.bool) if heldout is None else heldout.bool()
+    check_holdout(identity, heldout)
+    if labels is not None and list(labels.shape) != [n, len(label_names)]:
+        raise DataError(f"Labels must be [{n}, {len(label_names)}]. Got {list(labels.shape)}.")
+    chunks = (vectors,) if isinstance(vectors, Tensor) else vectors
+    checked = (_checked(chunk, layout.size) for chunk in chunks)
+    tensors: dict[str, Tensor | Streamed] = {
+        "vectors": Streamed(torch.float32, (n, layout.size), checked),
+        "identity": identity.long(),
+        "heldout": heldout,
+    }
+    if labels is not None:
+        tensors["labels"] = labels.float()
+    config = {
+        "layout": layout.to_json(),
+        "label_names": list(label_names),
+        "provenance": dict(provenance or {}),
+    }
+    write_container(Path(path), tensors, format=FORMAT, config=config)
+    return load_dataset(path)
+
+
+def holdout_by_identity(identity: Tensor, fraction: float, *, generator: torch.Generator) -> Tensor:
+    """[N] bool: all rows of a random share of the persons. Never rows of one person on both sides."""
+    people = identity.unique()
+    count = round(fraction * len(people))
+    if not 0 <= count < len(people):
+        raise DataError(
+            f"Holding out {fraction:.0%} of {len(people)} persons leaves none to learn from."
+        )
+    chosen = people[torch.randperm(len(people), generator=generator)[:count]]
+    return torch.isin(identity, chosen)
+
+
+def check_holdout(identity: Tensor, heldout: Tensor) -> None:
+    """A person on both sides of the split would make every held-out figure a lie."""
+    both = set(identity[heldout].tolist()) & set(identity[~heldout].tolist())
+    if both:
+        raise DataError(
+            f"{len(both)} persons are both held out and trained on (first: {min(both)}). "
+            "Split by identity, not by row."
+        )
+
+
+def _checked(chunk: Tensor, size: int) -> Tensor:
+    if chunk.ndim != 2 or chunk.shape[1] != size:
+        raise DataError(f"Vectors of this layout are [n, {size}]. Got {list(chunk.shape)}.")
+    if not bool(torch.isfinite(chunk).all()):
+        raise DataError("The vectors hold NaN or infinite numbers; a LoRA's training diverged.")
+    return chunk
+
+
+def _runs(rows: Tensor) -> Iterator[tuple[int, tuple[int, int]]]:
+    """(position, (start, stop)) of consecutive rows, so that a file is read in few strokes."""
+    numbers = rows.tolist()
+    first = 0
+    for i in range(1, len(numbers) + 1):
+        if i == len(numbers) or numbers[i] != numbers[i - 1] + 1:
+            yield first, (numbers[first], numbers[i - 1] + 1)
+            first = i
