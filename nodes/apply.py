@@ -51,7 +51,8 @@ class ApplyDecodedLora(io.ComfyNode):
     def execute(cls, model, identity, strength: float) -> io.NodeOutput:
         layout = identity.space.layout
         with host.ordinary_tensors():
-            vectors = identity.identity.vectors(identity.space)  # [B, P]
+            # One at a time: a matrix product over several people would round differently than over one.
+            vectors = [person.vectors(identity.space)[0] for person in identity.identity]
             loras = [kohya_tensors(layout.unpack(vector), layout.alpha) for vector in vectors]
             models = [host.patched(model, layout, lora, strength) for lora in loras]
         return io.NodeOutput(models, loras)

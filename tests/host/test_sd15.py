@@ -7,11 +7,10 @@ import torch
 from safetensors.torch import load_file
 
 import w2wpp
-from w2wpp.layout import SD15
+from w2wpp import SD15, Basis, Space, build_codec
 
 from .graphs import Graph
 from .server import Host, PromptFailed
-from .spaces import random_space
 from .test_apply import host_key
 
 # Block names of diffusers and of the host, from the original SD 1.5 checkpoint and its conversion.
@@ -22,11 +21,25 @@ SD15_BLOCKS = {
 }
 
 
+def random_space(components: int) -> Space:
+    """A linear space over the SD 1.5 layout; its LoRAs are about as large as trained ones."""
+    generator = torch.Generator().manual_seed(0)
+    directions, _ = torch.linalg.qr(torch.randn(SD15.size, components, generator=generator))
+    basis = Basis(
+        mean=0.01 * torch.randn(SD15.size, generator=generator),
+        std=torch.full((SD15.size,), 0.02),
+        components=directions.T,
+        singular_values=torch.full((components,), 100.0),
+    )
+    codec = build_codec({"name": "pca", "coefficient_size": components, "latent_size": components})
+    return Space(SD15, basis, codec, torch.zeros(components), torch.ones(components), {"name": "random"})
+
+
 @pytest.fixture(scope="module")
-def space(host: Host) -> w2wpp.Space:
+def space(host: Host) -> Space:
     path = host.base / "models" / "w2wpp" / "mine" / "random-sd15.safetensors"
     path.parent.mkdir(exist_ok=True)
-    w2wpp.save_space(random_space(SD15, components=6), path)
+    w2wpp.save_space(random_space(components=6), path)
     return w2wpp.load_space(path)
 
 
@@ -39,7 +52,7 @@ def applied(space_name: str, family: str, strength: float) -> tuple[Graph, str, 
     return graph, model, apply
 
 
-def test_all_64_modules_of_sd15_are_patched(host: Host, space: w2wpp.Space) -> None:
+def test_all_64_modules_of_sd15_are_patched(host: Host, space: Space) -> None:
     strength = 0.8
     graph, model, apply = applied("mine/random-sd15.safetensors", "SD15", strength)
     for node, file in ((model, "sd15-bare.safetensors"), (apply, "sd15-patched.safetensors")):
@@ -57,7 +70,7 @@ def test_all_64_modules_of_sd15_are_patched(host: Host, space: w2wpp.Space) -> N
         torch.testing.assert_close(patched[key], bare[key] + delta, rtol=1e-5, atol=1e-6)
 
 
-def test_sd20_has_the_names_but_not_the_shapes(host: Host, space: w2wpp.Space) -> None:
+def test_sd20_has_the_names_but_not_the_shapes(host: Host, space: Space) -> None:
     graph, _, apply = applied("mine/random-sd15.safetensors", "SD20", 1.0)
     graph.add("Probe_Weights", model=[apply, 0], file="never.safetensors", endings="to_q.weight")
     with pytest.raises(PromptFailed, match=r"SD20.*0 of them are missing and 16 have another shape"):
