@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .container import Container
 from .errors import ConfigError, ShapeError
 
 ROWS = (
@@ -69,6 +70,21 @@ class Basis:
             "singular_values": singular_values.detach().float(),
         }
 
+    @classmethod
+    def from_container(cls, file: Container, size: int, rank: int) -> Basis:
+        """The basis.* tensors of a file, checked now and read later."""
+        floats = (torch.float16, torch.float32)
+        file.require("basis.mean", (size,), *floats)
+        file.require("basis.std", (size,), *floats)
+        file.require("basis.components", (rank, size), torch.float16)
+        file.require("basis.singular_values", (rank,), *floats)
+
+        def read(name: str) -> Tensor:
+            tensor = file.read(f"basis.{name}")
+            return tensor if name == "components" else tensor.float()
+
+        return cls(reader=read, size=size, rank=rank)
+
     mean = property(lambda self: self._get("mean"), doc="[P]")
     std = property(lambda self: self._get("std"), doc="[P], signed as stored")
     components = property(
@@ -79,8 +95,7 @@ class Basis:
     def project(self, w: Tensor) -> Tensor:
         """w [B, P] -> whitened coefficients [B, K]."""
         check_batch(w, self.size, "vectors", "P")
-        std = self.std
-        x = (w.float() - self.mean) * torch.where(std == 0, 0.0, 1.0 / std)
+        x = self.standardise(w.float() - self.mean)
         parts = [x @ rows.T for rows in self._rows()]
         return torch.cat(parts, dim=1) / self.singular_values
 
@@ -93,6 +108,10 @@ class Basis:
             torch.zeros((), device=c.device),
         )
         return x * self.std + self.mean
+
+    def standardise(self, difference: Tensor) -> Tensor:
+        """A difference of vectors [B, P] in units of each parameter's deviation."""
+        return difference * torch.where(self.std == 0, 0.0, 1.0 / self.std)
 
     def truncated(self, rank: int) -> Basis:
         """The first `rank` components."""
@@ -155,6 +174,10 @@ class AffineBasis:
         """c [B, P] -> w [B, P]."""
         check_batch(c, self.rank, "coefficients", "K")
         return c.float() / self.scale + self.shift
+
+    def standardise(self, difference: Tensor) -> Tensor:
+        """A difference of vectors [B, P] in the units of the coefficients."""
+        return difference * self.scale
 
     def to(self, device: torch.device | str) -> AffineBasis:
         return self

@@ -79,17 +79,7 @@ def _basis(file: Container, config: Mapping[str, Any], size: int) -> AnyBasis:
         return AffineBasis(int(config["size"]), shift=config["shift"], scale=config["scale"])
     if config["kind"] != Basis.kind:
         raise ConfigError(f"unknown basis {config['kind']!r}")
-    rank = int(config["rank"])
-    file.require("basis.mean", (size,), *FLOATS)
-    file.require("basis.std", (size,), *FLOATS)
-    file.require("basis.components", (rank, size), torch.float16)
-    file.require("basis.singular_values", (rank,), *FLOATS)
-
-    def read(name: str) -> Tensor:
-        tensor = file.read(f"basis.{name}")
-        return tensor if name == "components" else tensor.float()
-
-    return Basis(reader=read, size=size, rank=rank)
+    return Basis.from_container(file, size, int(config["rank"]))
 
 
 def _codec(file: Container, config: Mapping[str, Any]) -> Codec:

@@ -1,0 +1,111 @@
+"""Whitened coefficients of a data set, which is all that training needs, and reconstruction scores on them.
+
+Because the components are orthonormal, the squared error of a standardised vector is the error of its coefficients,
+each weighted by its squared singular value, plus the part outside of the basis, which no codec can change.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..basis import AnyBasis, Basis
+from ..container import open_container, write_container
+from ..errors import ConfigError, FormatError, ShapeError
+from ..layout import Layout
+from .dataset import VectorDataset, check_holdout
+
+FORMAT = "w2wpp.basis"
+
+
+@dataclass(frozen=True, eq=False)
+class Coefficients:
+    """c [N, K] of a data set, and what lies outside of the basis, in one value."""
+
+    layout: Layout
+    values: Tensor  # [N, K]
+    outside: Tensor  # [N], squared length of what the basis can't express, standardised
+    identity: Tensor  # [N]
+    heldout: Tensor  # [N] bool
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        n = len(self.values)
+        if not len(self.outside) == len(self.identity) == len(self.heldout) == n:
+            raise ShapeError(f"Coefficients [{n}, K] need as many identities and flags.")
+        check_holdout(self.identity, self.heldout)
+
+
+def project_dataset(dataset: VectorDataset, basis: AnyBasis) -> Coefficients:
+    """Coefficients of every row, read in chunks."""
+    values = torch.empty(len(dataset), basis.rank)
+    outside = torch.empty(len(dataset))
+    for rows, w in dataset.chunks():
+        c = basis.project(w)
+        values[rows] = c
+        outside[rows] = basis.standardise(w - basis.lift(c)).square().sum(1)
+    provenance = dict(dataset.provenance)
+    return Coefficients(dataset.layout, values, outside, dataset.identity, dataset.heldout, provenance)
+
+
+def weight_r2(
+    c: Tensor,
+    reconstruction: Tensor,
+    singular_values: Tensor,
+    *,
+    center: Tensor | None = None,
+    outside: Tensor | None = None,
+) -> float:
+    """Share of the variance of standardised vectors explained: 1 - sum |x - x'|^2 / sum |x - center|^2.
+
+    c and its reconstruction [B, K]; center [K] is the training mean (0 for a PCA basis); outside [B] counts as error.
+    """
+    weights = singular_values.square()
+    missed = ((c - reconstruction).square() * weights).sum(1).double()
+    spread = ((c if center is None else c - center).square() * weights).sum(1).double()
+    if outside is not None:
+        missed, spread = missed + outside, spread + outside
+    return float(1.0 - missed.sum() / spread.sum())
+
+
+def vector_r2(w: Tensor, reconstruction: Tensor, mean: Tensor) -> float:
+    """The same on vectors [B, P] themselves, against the training mean [P]."""
+    missed = (w - reconstruction).double().square().sum()
+    return float(1.0 - missed / (w - mean).double().square().sum())
+
+
+def save_coefficients(path: str | os.PathLike[str], coefficients: Coefficients, basis: Basis) -> None:
+    """A basis with the coefficients of the data set it was made from: what `w2wpp train` reads."""
+    tensors = {
+        **{f"basis.{name}": t for name, t in basis.tensors().items()},
+        "coefficients": coefficients.values,
+        "outside": coefficients.outside,
+        "identity": coefficients.identity,
+        "heldout": coefficients.heldout,
+    }
+    config = {
+        "layout": coefficients.layout.to_json(),
+        "basis": basis.config(),
+        "provenance": dict(coefficients.provenance),
+    }
+    write_container(path, tensors, format=FORMAT, config=config)
+
+
+def load_coefficients(path: str | os.PathLike[str]) -> tuple[Coefficients, Basis]:
+    file = open_container(path, FORMAT)
+    try:
+        layout, rank = Layout.from_json(file.config["layout"]), int(file.config["basis"]["rank"])
+        basis = Basis.from_container(file, layout.size, rank)
+    except (KeyError, TypeError, ConfigError) as e:
+        raise FormatError(f"{path}: the configuration of this basis does not read: {e!r}.") from e
+    n = file.require("coefficients", (None, rank), torch.float32).shape[0]
+    file.require("outside", (n,), torch.float32)
+    file.require("identity", (n,), torch.int64)
+    file.require("heldout", (n,), torch.bool)
+    values = [file.read(name) for name in ("coefficients", "outside", "identity", "heldout")]
+    return Coefficients(layout, *values, provenance=file.config.get("provenance", {})), basis
