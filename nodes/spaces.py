@@ -16,7 +16,7 @@ class LoadSpace(io.ComfyNode):
         return schema(
             node_id="W2WPP_LoadSpace",
             display_name="W2W++ Load Space",
-            description="Opens a space of identities: every point in it decodes to a LoRA, and every LoRA to a face.",
+            description="Opens a space of identities: every point in it is a person, written as LoRA weights.",
             search_aliases=["weights2weights", "w2w", "identity space", "new face", "random face"],
             inputs=[
                 io.Combo.Input(

@@ -1,0 +1,53 @@
+"""Rewrite what is taken from the running nodes: the English texts and the thumbnails of the example workflows.
+
+Run from the repository's root as ``python -m tests.host.refresh``, where the host tests run.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from .conftest import PROBE, workflow_names
+from .server import REPO, lay_out, serving
+
+ENGLISH = REPO / "locales" / "en" / "nodeDefs.json"
+
+
+def english(object_info: dict[str, Any]) -> dict[str, Any]:
+    """The texts of this pack's nodes, as the front end looks them up."""
+    return {name: _texts(info) for name, info in sorted(object_info.items()) if name.startswith("W2WPP_")}
+
+
+def _texts(info: dict[str, Any]) -> dict[str, Any]:
+    inputs = {**info["input"].get("required", {}), **info["input"].get("optional", {})}
+    outputs = zip(info["output_name"], info["output_tooltips"])
+    return {
+        "display_name": info["display_name"],
+        "description": info["description"],
+        "inputs": {name: {"name": name, "tooltip": options["tooltip"]} for name, (_, options) in inputs.items()},
+        "outputs": {str(i): {"name": name, "tooltip": tooltip} for i, (name, tooltip) in enumerate(outputs)},
+    }
+
+
+def main() -> None:
+    from .browser import open_page, open_template, photograph, press_run, trouble
+
+    with tempfile.TemporaryDirectory() as folder:
+        base = Path(folder)
+        lay_out(base, PROBE)
+        with serving(base) as host, open_page() as page:
+            texts = english(host.json("/object_info"))
+            ENGLISH.write_text(json.dumps(texts, indent=2) + "\n", encoding="utf-8")
+            for name in workflow_names():
+                open_template(page, host, name)
+                press_run(page, host)
+                if found := trouble(page):
+                    raise SystemExit(f"{name}: {found}")
+                photograph(page, REPO / "example_workflows" / f"{name}.jpg")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,54 @@
+"""Every example workflow in the host's own front end: nothing missing, nothing red, Run gives the picture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from .conftest import workflow_names
+from .server import Host, Result
+
+pytest.importorskip("playwright", reason="the front-end tests need playwright")
+
+from . import browser  # noqa: E402  (it imports playwright)
+
+pytestmark = pytest.mark.skipif(browser.find_chromium() is None, reason="the front-end tests need Chromium")
+
+
+@pytest.fixture(scope="module")
+def page() -> Iterator[Any]:
+    with browser.open_page() as opened:
+        yield opened
+
+
+@pytest.mark.parametrize("name", workflow_names())
+def test_workflow_opens_and_runs(host: Host, page: Any, name: str) -> None:
+    browser.open_template(page, host, name)
+    assert browser.trouble(page) == {}
+    entry = browser.press_run(page, host)
+    assert entry["status"]["status_str"] == "success"
+    assert browser.trouble(page) == {}
+    assert len(Result(entry["outputs"], host.output).pictures()) == 1
+    shown = page.evaluate("app.graph.nodes.filter(n => n.type === 'SaveImage').map(n => n.imgs?.[0]?.naturalWidth ?? 0)")
+    assert min(shown) > 100
+
+
+def test_a_broken_workflow_would_be_noticed(host: Host, page: Any) -> None:
+    browser.open_template(page, host, workflow_names()[0])
+    page.evaluate(
+        """() => {
+            const node = app.graph.nodes.find(n => n.type === 'W2WPP_LoadSpace');
+            node.widgets[0].value = 'no-such-space.safetensors';
+        }"""
+    )
+    page.get_by_test_id("queue-button").first.click()
+    page.wait_for_function("() => app.lastNodeErrors")
+    assert browser.trouble(page)["refused"]
+
+
+def test_a_node_that_is_not_installed_would_be_noticed(host: Host, page: Any) -> None:
+    browser.open_template(page, host, workflow_names()[0])
+    page.evaluate("() => { app.graph.nodes[0].type = 'W2WPP_NoSuchNode'; }")
+    assert browser.trouble(page)["missing"] == ["W2WPP_NoSuchNode"]

@@ -1,0 +1,54 @@
+"""The example workflows, run through the server as they are shipped."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from .conftest import read_workflow, workflow_names
+from .graphs import to_prompt
+from .server import PACK_FOLDER, REPO, Host
+
+# Rows and columns of faces in the saved picture, and the gap between them.
+FACES = {"sample_a_face": (1, 1, 0), "four_new_identities": (2, 2, 4), "walk_between_two": (1, 7, 2)}
+
+
+def cells(picture: np.ndarray, rows: int, columns: int, gap: int) -> list[np.ndarray]:
+    height = (picture.shape[0] - gap * (rows - 1)) // rows
+    width = (picture.shape[1] - gap * (columns - 1)) // columns
+    corners = [(r * (height + gap), c * (width + gap)) for r in range(rows) for c in range(columns)]
+    return [picture[y : y + height, x : x + width].astype(int) for y, x in corners]
+
+
+@pytest.mark.parametrize("name", workflow_names())
+def test_workflow_runs_to_a_saved_picture(host: Host, object_info: dict, name: str) -> None:
+    (picture,) = host.run(to_prompt(read_workflow(name), object_info)).pictures()
+    faces = cells(picture, *FACES[name])
+    assert all(face.std() > 10 for face in faces)
+    for i, face in enumerate(faces):
+        assert all(np.abs(face - other).mean() > 1 for other in faces[i + 1 :])
+
+
+def test_a_walk_changes_the_face_little_by_little(host: Host, object_info: dict) -> None:
+    name = "walk_between_two"
+    (picture,) = host.run(to_prompt(read_workflow(name), object_info)).pictures()
+    walk = cells(picture, *FACES[name])
+    whole = np.abs(walk[0] - walk[-1]).mean()
+    assert all(np.abs(a - b).mean() < 0.6 * whole for a, b in zip(walk, walk[1:]))
+
+
+def test_each_workflow_has_a_thumbnail_where_the_gallery_looks(host: Host) -> None:
+    assert set(workflow_names()) == set(FACES)
+    assert sorted(host.json("/workflow_templates")[PACK_FOLDER]) == workflow_names()
+    for name in workflow_names():
+        thumbnail = REPO / "example_workflows" / f"{name}.jpg"
+        assert host.get(f"/api/workflow_templates/{PACK_FOLDER}/{name}.jpg") == thumbnail.read_bytes()
+        assert Image.open(thumbnail).width >= 800
+
+
+def test_workflows_use_only_this_pack_and_the_hosts_own_nodes(object_info: dict) -> None:
+    for name in workflow_names():
+        for node in to_prompt(read_workflow(name), object_info).values():
+            origin = object_info[node["class_type"]]["python_module"]
+            assert origin == f"custom_nodes.{PACK_FOLDER}" or not origin.startswith("custom_nodes.")
