@@ -65,6 +65,9 @@ class Codec(nn.Module):
     def options(self) -> dict[str, Any]:
         return {}
 
+    def adapt(self, singular_values: Tensor, weight: Tensor, beta: float) -> None:
+        """Before training: fit fixed parts to the data's scales [K], the loss's weights [K] and KL weight."""
+
     def read_later(self, reader: Callable[[], Mapping[str, Tensor]]) -> None:
         """Leave the weights where they are (built on the meta device) until the codec is first used."""
         self._reader = reader

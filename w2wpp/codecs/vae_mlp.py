@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .base import LOGVAR_MAX, LOGVAR_MIN, Codec, Posterior
@@ -26,6 +27,7 @@ class MLPVAE(Codec):
     ) -> None:
         super().__init__(coefficient_size, latent_size)
         self.hidden = tuple(hidden)
+        self.register_buffer("gain", torch.ones(coefficient_size))
         widths = [coefficient_size, *self.hidden]
         back = self.hidden[::-1]
 
@@ -45,11 +47,15 @@ class MLPVAE(Codec):
     def options(self) -> dict[str, Any]:
         return {"hidden": list(self.hidden)}
 
+    @torch.no_grad()
+    def adapt(self, singular_values: Tensor, weight: Tensor, beta: float) -> None:
+        self.gain.copy_(singular_values / singular_values.max())
+
     def _head(self) -> Sequence[nn.Module]:
         return ()
 
     def _encode(self, c: Tensor) -> Posterior:
-        h = self.encoder(c)
+        h = self.encoder(c * self.gain)
         return Posterior(self.fc_mu(h), self.fc_var(h).clamp(LOGVAR_MIN, LOGVAR_MAX))
 
     def _decode(self, z: Tensor) -> Tensor:

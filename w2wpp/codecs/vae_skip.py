@@ -51,6 +51,17 @@ class SkipVAE(Codec):
     def options(self) -> dict[str, Any]:
         return {"hidden": list(self.hidden), "dropout": self.dropout}
 
+    @torch.no_grad()
+    def adapt(self, singular_values: Tensor, weight: Tensor, beta: float) -> None:
+        """Gains, and the posterior variance that is best while the codec is linear.
+
+        Unit j costs weight_j v + beta / (2 d) (v - log v), which is least at v = t / (weight_j +
+        t), t = beta / (2 d).
+        """
+        self.gain.copy_(singular_values / singular_values.max())
+        t = max(beta, 1e-6) / (2 * self.latent_size)
+        self.fc_var.bias.copy_(torch.log(t / (weight[: self.latent_size] + t)))
+
     def _width(self, size_in: int) -> int:
         return self.hidden[-1] if self.hidden else size_in
 
@@ -67,12 +78,12 @@ class SkipVAE(Codec):
 
     def _encode(self, c: Tensor) -> Posterior:
         h = self.encoder(c * self.gain)
-        mean = c[:, : self.latent_size] + self.encoder_linear(c) + self.fc_mu(h)
+        mean = c[:, : self.latent_size] + self.encoder_linear(c * self.gain) + self.fc_mu(h)
         return Posterior(mean, self.fc_var(h).clamp(LOGVAR_MIN, LOGVAR_MAX))
 
     def _decode(self, z: Tensor) -> Tensor:
         padded = nn.functional.pad(z, (0, self.coefficient_size - self.latent_size))
-        return padded + self.decoder_linear(z) + self.final_layer(self.decoder(z)) * self.gain
+        return padded + (self.decoder_linear(z) + self.final_layer(self.decoder(z))) * self.gain
 
 
 def _mlp(size_in: int, hidden: Sequence[int], dropout: float, operations: Any) -> nn.Sequential:

@@ -1,7 +1,9 @@
-"""Whitened coefficients of a data set, which is all that training needs, and reconstruction scores on them.
+"""Whitened coefficients of a data set, which is all that training needs, and reconstruction scores
+on them.
 
-Because the components are orthonormal, the squared error of a standardised vector is the error of its coefficients,
-each weighted by its squared singular value, plus the part outside of the basis, which no codec can change.
+Because the components are orthonormal, the squared error of a standardised vector is the error of
+its coefficients, each weighted by its squared singular value, plus the part outside of the basis,
+which no codec can change.
 """
 
 from __future__ import annotations
@@ -50,7 +52,9 @@ def project_dataset(dataset: VectorDataset, basis: AnyBasis) -> Coefficients:
         values[rows] = c
         outside[rows] = basis.standardise(w - basis.lift(c)).square().sum(1)
     provenance = dict(dataset.provenance)
-    return Coefficients(dataset.layout, values, outside, dataset.identity, dataset.heldout, provenance)
+    return Coefficients(
+        dataset.layout, values, outside, dataset.identity, dataset.heldout, provenance
+    )
 
 
 def weight_r2(
@@ -61,9 +65,11 @@ def weight_r2(
     center: Tensor | None = None,
     outside: Tensor | None = None,
 ) -> float:
-    """Share of the variance of standardised vectors explained: 1 - sum |x - x'|^2 / sum |x - center|^2.
+    """Share of the variance of standardised vectors explained: 1 - sum |x - x'|^2 / sum |x -
+    center|^2.
 
-    c and its reconstruction [B, K]; center [K] is the training mean (0 for a PCA basis); outside [B] counts as error.
+    c and its reconstruction [B, K]; center [K] is the training mean (0 for a PCA basis); outside
+    [B] counts as error.
     """
     weights = singular_values.square()
     missed = ((c - reconstruction).square() * weights).sum(1).double()
@@ -79,7 +85,9 @@ def vector_r2(w: Tensor, reconstruction: Tensor, mean: Tensor) -> float:
     return float(1.0 - missed / (w - mean).double().square().sum())
 
 
-def save_coefficients(path: str | os.PathLike[str], coefficients: Coefficients, basis: Basis) -> None:
+def save_coefficients(
+    path: str | os.PathLike[str], coefficients: Coefficients, basis: Basis
+) -> None:
     """A basis with the coefficients of the data set it was made from: what `w2wpp train` reads."""
     tensors = {
         **{f"basis.{name}": t for name, t in basis.tensors().items()},

@@ -1,10 +1,9 @@
 """Data sets of LoRA vectors: one safetensors file, read in chunks of rows.
 
-    metadata   format "w2wpp.dataset", format_version "1", config (JSON: layout, label_names, provenance)
-    vectors    [N, P] single precision
-    identity   [N] int64, the person a row belongs to; several rows may share one
-    heldout    [N] bool, rows kept out of every fit
-    labels     [N, A] single precision, optional
+metadata   format "w2wpp.dataset", format_version "1", config (JSON: layout, label_names,
+provenance) vectors    [N, P] single precision identity   [N] int64, the person a row belongs to;
+several rows may share one heldout    [N] bool, rows kept out of every fit labels     [N, A] single
+precision, optional
 """
 
 from __future__ import annotations
@@ -40,12 +39,18 @@ class VectorDataset:
 
     def __post_init__(self) -> None:
         n = len(self.identity)
-        shapes = [list(self.heldout.shape), [n]] if self.labels is None else [
-            [*self.heldout.shape, *self.labels.shape],
-            [n, n, len(self.label_names)],
-        ]
+        shapes = (
+            [list(self.heldout.shape), [n]]
+            if self.labels is None
+            else [
+                [*self.heldout.shape, *self.labels.shape],
+                [n, n, len(self.label_names)],
+            ]
+        )
         if shapes[0] != shapes[1]:
-            raise DataError(f"A data set of {n} rows has flags and labels of other sizes: {shapes[0]}.")
+            raise DataError(
+                f"A data set of {n} rows has flags and labels of other sizes: {shapes[0]}."
+            )
         check_holdout(self.identity, self.heldout)
 
     def __len__(self) -> int:
@@ -85,7 +90,9 @@ def load_dataset(path: str | os.PathLike[str]) -> VectorDataset:
         layout = Layout.from_json(file.config["layout"])
         names = tuple(str(n) for n in file.config.get("label_names", ()))
     except (KeyError, TypeError) as e:
-        raise FormatError(f"{path}: the configuration of this data set does not read: {e!r}.") from e
+        raise FormatError(
+            f"{path}: the configuration of this data set does not read: {e!r}."
+        ) from e
     n = file.require("vectors", (None, layout.size), torch.float32).shape[0]
     file.require("identity", (n,), torch.int64)
     file.require("heldout", (n,), torch.bool)

@@ -26,16 +26,19 @@ def fit_basis(
     """The leading principal components of the training rows. Held-out rows are never looked at.
 
     `parameter` divides every parameter by its own deviation (as w2w does), `global` all by one.
-    Rows are read in chunks, several times; the memory is that of one chunk, the components and the smaller one of the
-    covariance [P, P] and the Gram matrix [N, N].
+    Rows are read in chunks, several times; the memory is that of one chunk, the components and the
+    smaller one of the covariance [P, P] and the Gram matrix [N, N].
     """
     rows = dataset.training_rows
     n, p = len(rows), dataset.layout.size
     if standardise not in STANDARDISE:
-        raise ConfigError(f"Vectors are standardised per {' or '.join(STANDARDISE)}. Got {standardise!r}.")
+        raise ConfigError(
+            f"Vectors are standardised per {' or '.join(STANDARDISE)}. Got {standardise!r}."
+        )
     if not 1 <= components <= min(n - 1, p):
         raise ConfigError(
-            f"{n} training rows of {p} parameters support 1 to {min(n - 1, p)} components. Got {components}."
+            f"{n} training rows of {p} parameters support 1 to {min(n - 1, p)} components. Got "
+            f"{components}."
         )
     mean, std = _moments(dataset, rows)
     if standardise == "global":
@@ -55,7 +58,9 @@ def fit_basis(
         variances, v = _by_covariance(chunks, n, p, components)
     rank = int((variances > 1e-10 * variances[0].clamp_min(1e-300)).sum())
     if rank < components:
-        raise DataError(f"The training rows span only {rank} directions. Ask for at most that many components.")
+        raise DataError(
+            f"The training rows span only {rank} directions. Ask for at most that many components."
+        )
     return Basis(mean, std, _signed(v), variances.sqrt())
 
 

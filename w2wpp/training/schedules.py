@@ -56,6 +56,7 @@ def kl_schedule(name: str, *, beta: float, warmup: float, epochs: float) -> Sche
         raise ConfigError(f"KL annealing is one of {', '.join(SCHEDULES)}. Got {name!r}.")
     if not (math.isfinite(beta) and beta >= 0) or warmup <= 0 or epochs <= 0:
         raise ConfigError(
-            f"KL annealing needs beta >= 0, warmup > 0 and epochs > 0. Got {beta=}, {warmup=}, {epochs=}."
+            f"KL annealing needs beta >= 0, warmup > 0 and epochs > 0. Got {beta=}, {warmup=}, "
+            f"{epochs=}."
         )
     return SCHEDULES[name](beta, warmup, epochs)

@@ -1,0 +1,36 @@
+"""Checkpoints of a training run, in the same kind of file as everything else (no pickle)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from ..container import open_container, write_container
+from ..errors import ConfigError
+
+FORMAT = "w2wpp.checkpoint"
+
+
+def save_checkpoint(
+    path: str | os.PathLike[str],
+    run: str,
+    tensors: Mapping[str, Tensor],
+    numbers: Mapping[str, Any],
+) -> None:
+    write_container(path, tensors, format=FORMAT, config={"run": run, "numbers": dict(numbers)})
+
+
+def load_checkpoint(
+    path: str | os.PathLike[str], run: str
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors, numbers) of a run; refuses the checkpoint of another one."""
+    file = open_container(path, FORMAT)
+    if file.config.get("run") != run:
+        raise ConfigError(
+            f"{path} is the checkpoint of a training with other settings or data. Delete it or "
+            "name another file."
+        )
+    return {name: file.read(name) for name in file.entries}, file.config["numbers"]

@@ -1,0 +1,100 @@
+"""The settings of a VAE training."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ..errors import ConfigError
+
+RECONSTRUCTIONS = ("explained", "mse")
+MONITORS = ("elbo", "reconstruction")
+
+
+@dataclass(frozen=True)
+class VaeTraining:
+    """loss = reconstruction + beta(epoch) * KL, both means over the minibatch.
+
+    reconstruction "explained" is the share of variance left unexplained (1 for the training mean),
+    weighted by the squared singular values, so a squared error in weight space; "mse" is a plain
+    mean over coefficients, as the seed has it. KL is the mean over latent dimensions, in nats, each
+    dimension counted at `free_bits` at least.
+    """
+
+    codec: str = "vae-skip"  # a name from CODECS with an encoder to train
+    latent: int = 64  # d
+    hidden: tuple[int, ...] | None = None  # widths of the networks; None: the codec's own
+    dropout: float = 0.0  # in the residual networks of vae-skip
+    epochs: int = 400  # at most; the learning rate decays to zero over them
+    batch: int = 128  # rows per step, 0 for all of them
+    lr: float = 2e-3  # of AdamW
+    weight_decay: float = 1e-2  # on matrices, not on biases
+    input_noise: float = (
+        0.0  # deviation of Gaussian noise on the coefficients that the encoder reads
+    )
+    reconstruction: str = "explained"  # or "mse"
+    kl: str = "linear"  # annealing: off, linear, cyclical, sigmoid or seed
+    beta: float = 1e-3  # final weight of the KL term
+    warmup: float = 40.0  # epochs of annealing, where the schedule has any
+    free_bits: float = 0.0  # nats per latent dimension that cost nothing more (Kingma et al. 2016)
+    validation: float = (
+        0.1  # share of the training persons that early stopping looks at, 0 for none
+    )
+    monitor: str = (
+        "elbo"  # what it minimises there: the loss at the final beta, or its reconstruction
+    )
+    patience: int = 80  # epochs without a better value, 0 to run all of them
+    half: bool = (
+        True  # round the weights to half precision at the end, so that the file is half as large
+    )
+    seed: int = 0  # initial weights, split, order and noise
+
+    def __post_init__(self) -> None:
+        positive = {
+            "latent": self.latent,
+            "epochs": self.epochs,
+            "lr": self.lr,
+            "warmup": self.warmup,
+        }
+        low = [f"{k} = {v}" for k, v in positive.items() if not v > 0]
+        least = {
+            "batch": self.batch,
+            "weight_decay": self.weight_decay,
+            "input_noise": self.input_noise,
+            "beta": self.beta,
+            "free_bits": self.free_bits,
+            "patience": self.patience,
+        }
+        low += [f"{k} = {v}" for k, v in least.items() if not v >= 0]
+        if low:
+            raise ConfigError(f"These settings of a training are too small: {', '.join(low)}.")
+        if not 0 <= self.validation < 1 or not 0 <= self.dropout < 1:
+            raise ConfigError("The shares validation and dropout lie in [0, 1).")
+        if self.reconstruction not in RECONSTRUCTIONS or self.monitor not in MONITORS:
+            raise ConfigError(
+                f"reconstruction is one of {', '.join(RECONSTRUCTIONS)} and monitor one of "
+                f"{', '.join(MONITORS)}. "
+                f"Got {self.reconstruction!r} and {self.monitor!r}."
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        data = asdict(self)
+        return {**data, "hidden": None if self.hidden is None else list(self.hidden)}
+
+
+def seed_training(**changes: Any) -> VaeTraining:
+    """The w2w++ seed's recipe, to be used with `AffineBasis(P, scale=10)`; its run had no early stopping."""
+    recipe = {
+        "codec": "seed",
+        "latent": 512,
+        "epochs": 100,
+        "batch": 64,
+        "lr": 1e-4,
+        "weight_decay": 0.0,
+        "reconstruction": "mse",
+        "kl": "seed",
+        "beta": 0.005,
+        "validation": 0.0,
+        "patience": 0,
+    }
+    return VaeTraining(**{**recipe, **changes})
