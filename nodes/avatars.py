@@ -52,22 +52,31 @@ class LoadAvatarModel(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Model.Output(display_name="model", tooltip="The avatar model, without any identity."),
+                io.Model.Output(
+                    display_name="model", tooltip="The avatar model, without any identity."
+                ),
                 io.Conditioning.Output(
                     display_name="positive", tooltip="The prompt: a person, with the chosen words."
                 ),
                 io.Conditioning.Output(
-                    display_name="negative", tooltip="The empty prompt, for the sampler's negative input."
+                    display_name="negative",
+                    tooltip="The empty prompt, for the sampler's negative input.",
                 ),
-                io.Vae.Output(display_name="vae", tooltip="Turns the sampler's result into pictures, for VAE Decode."),
+                io.Vae.Output(
+                    display_name="vae",
+                    tooltip="Turns the sampler's result into pictures, for VAE Decode.",
+                ),
                 io.Latent.Output(
-                    display_name="latent", tooltip="Empty pictures of the model's size, for the sampler to fill."
+                    display_name="latent",
+                    tooltip="Empty pictures of the model's size, for the sampler to fill.",
                 ),
             ],
         )
 
     @classmethod
-    def fingerprint_inputs(cls, background: str = ANY, smile: str = ANY, light: str = ANY, pictures: int = 1):
+    def fingerprint_inputs(
+        cls, background: str = ANY, smile: str = ANY, light: str = ANY, pictures: int = 1
+    ):
         return host.file_stamp(BASE_FILE)
 
     @classmethod
@@ -75,8 +84,8 @@ class LoadAvatarModel(io.ComfyNode):
         config = _read_config(BASE_FILE)
         with host.ordinary_tensors(), safe_open(BASE_FILE, "pt") as file:
             table = file.get_tensor("tokens").float()  # [words of all slots, context]
-            prefix = "unet."
-            weights = {k[len(prefix) :]: file.get_tensor(k) for k in file.keys() if k.startswith(prefix)}
+            names = [name for name in file.keys() if name.startswith("unet.")]
+            weights = {name.removeprefix("unet."): file.get_tensor(name) for name in names}
             chosen = {"person": "person", "background": background, "smile": smile, "light": light}
             return io.NodeOutput(
                 host.avatar_model(config, weights),

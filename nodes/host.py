@@ -5,7 +5,7 @@ import functools
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import comfy.latent_formats
 import comfy.lora
@@ -42,7 +42,8 @@ def register_folders() -> None:
 
 def space_names() -> list[str]:
     """Names of the files that hold spaces, or may: one that can't be read stays, so that loading it says why."""
-    return [name for name in folder_paths.get_filename_list(CATEGORY) if _may_hold_space(space_path(name))]
+    names = folder_paths.get_filename_list(CATEGORY)
+    return [name for name in names if _may_hold_space(space_path(name))]
 
 
 def space_path(name: str) -> str:
@@ -109,9 +110,10 @@ def _check_fit(model: Any, layout: Layout, keys: dict[str, Any]) -> None:
     missing = misshapen = 0
     for module in layout.modules:
         key = keys.get("lora_unet_" + module.name.replace(".", "_"))
+        expected = (module.out_features, module.in_features)
         if not isinstance(key, str):  # absent, or a slice of a fused weight
             missing += 1
-        elif tuple(comfy.utils.get_attr(model.model, key).shape) != (module.out_features, module.in_features):
+        elif tuple(comfy.utils.get_attr(model.model, key).shape) != expected:
             misshapen += 1
     if missing or misshapen:
         raise LayoutMismatch(
@@ -141,7 +143,8 @@ class FoldedUNet(UNetModel):
 
     def _forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         folded = torch.nn.functional.pixel_unshuffle(x, self.fold)
-        return torch.nn.functional.pixel_shuffle(super()._forward(folded, *args, **kwargs), self.fold)
+        predicted = super()._forward(folded, *args, **kwargs)
+        return torch.nn.functional.pixel_shuffle(predicted, self.fold)
 
 
 class AvatarPixels(comfy.latent_formats.LatentFormat):
@@ -149,14 +152,14 @@ class AvatarPixels(comfy.latent_formats.LatentFormat):
 
     latent_channels = 3
     spacial_downscale_ratio = 1  # the host's spelling
-    latent_rgb_factors = [[0.5, 0.0, 0.0], [0.0, 0.5, 0.0], [0.0, 0.0, 0.5]]
+    latent_rgb_factors = ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0))  # for the preview
 
 
 class AvatarConfig(comfy.supported_models_base.BASE):
-    unet_extra_config: dict[str, Any] = {}  # BASE would overwrite the number of heads
+    unet_extra_config: ClassVar[dict[str, Any]] = {}  # BASE would overwrite the number of heads
     latent_format = AvatarPixels
     memory_usage_factor = 0.2
-    supported_inference_dtypes = [torch.float32]
+    supported_inference_dtypes = (torch.float32,)
 
 
 class AvatarModel(comfy.model_base.BaseModel):
@@ -166,7 +169,8 @@ class AvatarModel(comfy.model_base.BaseModel):
 def avatar_model(config: dict[str, Any], weights: dict[str, torch.Tensor]) -> Any:
     """The avatar base as a MODEL: ``config`` from its file, ``weights`` of the UNet under their diffusers names."""
     settings = AvatarConfig(_unet_config(config, weights))
-    settings.set_inference_dtype(torch.float32, None)  # small enough, and the same picture on every device
+    # Small enough for single precision, which paints the same picture on every device.
+    settings.set_inference_dtype(torch.float32, None)
     schedule = config["schedule"]
     settings.sampling_settings = {
         "beta_schedule": "linear",  # the host's name for what diffusers calls scaled linear
@@ -175,7 +179,10 @@ def avatar_model(config: dict[str, Any], weights: dict[str, torch.Tensor]) -> An
         "timesteps": schedule["steps"],
     }
     model = AvatarModel(
-        settings, model_type=comfy.model_base.ModelType.V_PREDICTION, device="cpu", unet_model=FoldedUNet
+        settings,
+        model_type=comfy.model_base.ModelType.V_PREDICTION,
+        device="cpu",
+        unet_model=FoldedUNet,
     )
     model.load_model_weights(_host_names(settings.unet_config, weights, model.diffusion_model), "")
     return comfy.model_patcher.ModelPatcher(
@@ -198,7 +205,8 @@ def empty_pictures(count: int, size: int) -> dict[str, torch.Tensor]:
 
 def _unet_config(config: dict[str, Any], weights: dict[str, torch.Tensor]) -> dict[str, Any]:
     channels, layers, fold = config["channels"], config["layers"], config["fold"]
-    depth = [int(f"down_blocks.{level}.attentions.0.norm.weight" in weights) for level in range(len(channels))]
+    levels = range(len(channels))
+    depth = [int(f"down_blocks.{i}.attentions.0.norm.weight" in weights) for i in levels]
     return {
         "fold": fold,
         "image_size": config["image_size"] // fold,

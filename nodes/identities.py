@@ -15,9 +15,17 @@ class SampleIdentity(io.ComfyNode):
             node_id="W2WPP_SampleIdentity",
             display_name="W2W++ Sample Identity",
             description="Draws people who do not exist from a space. The same seed gives the same people everywhere.",
-            search_aliases=["random face", "new face", "random identity", "original character", "weights2weights"],
+            search_aliases=[
+                "random face",
+                "new face",
+                "random identity",
+                "original character",
+                "weights2weights",
+            ],
             inputs=[
-                SpaceSocket.Input("space", tooltip="The space to draw from, from W2W++ Load Space."),
+                SpaceSocket.Input(
+                    "space", tooltip="The space to draw from, from W2W++ Load Space."
+                ),
                 io.Int.Input(
                     "seed",
                     default=0,
@@ -70,7 +78,8 @@ class Interpolate(io.ComfyNode):
             inputs=[
                 IdentitySocket.Input("identity_a", tooltip="Where the walk starts: position 0."),
                 IdentitySocket.Input(
-                    "identity_b", tooltip="Where position 1 lies. It has to come from the same space."
+                    "identity_b",
+                    tooltip="Where position 1 lies. It has to come from the same space.",
                 ),
                 io.Int.Input(
                     "steps",
@@ -106,8 +115,12 @@ class Interpolate(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, identity_a, identity_b, steps: int, position: float, mode: str) -> io.NodeOutput:
+    def execute(
+        cls, identity_a, identity_b, steps: int, position: float, mode: str
+    ) -> io.NodeOutput:
         stops = torch.linspace(0.0, position, steps).tolist() if steps > 1 else [position]
         with host.ordinary_tensors():
-            walk = w2wpp.interpolate(identity_a.identity, identity_b.identity, positions=stops, mode=mode)
+            walk = w2wpp.interpolate(
+                identity_a.identity, identity_b.identity, positions=stops, mode=mode
+            )
         return io.NodeOutput(People(walk, identity_a.space))

@@ -16,13 +16,17 @@ from playwright.sync_api import Page, sync_playwright
 from .server import PACK_FOLDER, SECONDS, Host
 
 MILLISECONDS = SECONDS * 1000
-SCREEN = {"width": 1760, "height": 860}  # fits the examples at a zoom where the nodes show their text
+SCREEN = {
+    "width": 1760,
+    "height": 860,
+}  # fits the examples at a zoom where the nodes show their text
 THUMBNAIL_WIDTH = 1200
 
 # What a user would see as red or missing.
 TROUBLE = """() => ({
     missing: app.graph.nodes.filter(n => !LiteGraph.registered_node_types[n.type]).map(n => n.type),
-    red: app.graph.nodes.filter(n => n.has_errors || n.strokeStyles?.error?.call(n)).map(n => n.type),
+    red: app.graph.nodes.filter(n => n.has_errors
+        || ['error', 'executionError'].some(s => n.strokeStyles?.[s]?.call(n))).map(n => n.type),
     refused: Object.keys(app.lastNodeErrors ?? {}),
     failed: app.lastExecutionError ? [app.lastExecutionError.exception_message] : [],
     dialogs: [...document.querySelectorAll('[role=dialog]')].map(d => d.innerText),
@@ -30,13 +34,17 @@ TROUBLE = """() => ({
 
 
 def find_chromium() -> str | None:
-    return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    return next(
+        filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+    )
 
 
 @contextlib.contextmanager
 def open_page() -> Iterator[Page]:
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=find_chromium(), args=["--no-sandbox", "--disable-gpu"])
+        browser = playwright.chromium.launch(
+            executable_path=find_chromium(), args=["--no-sandbox", "--disable-gpu"]
+        )
         try:
             page = browser.new_page(viewport=SCREEN)
             page.set_default_timeout(MILLISECONDS)
@@ -51,7 +59,9 @@ def open_template(page: Page, host: Host, name: str) -> None:
     page.goto(f"{host.url}/?{query}")
     page.wait_for_function("() => window.app?.graph?.nodes?.length > 1")
     page.wait_for_timeout(1000)
-    page.evaluate("app.extensionManager.setting.set('Comfy.Minimap.Visible', false)")  # it lies on the nodes
+    page.evaluate(
+        "app.extensionManager.setting.set('Comfy.Minimap.Visible', false)"
+    )  # it lies on the nodes
     page.evaluate("app.extensionManager.command.execute('Comfy.Canvas.FitView')")
     page.wait_for_timeout(1000)  # the view glides
 
@@ -62,7 +72,9 @@ def trouble(page: Page) -> dict[str, list[Any]]:
 
 def press_run(page: Page, host: Host) -> dict[str, Any]:
     """Press the Run button and wait; returns the history entry."""
-    with page.expect_response(lambda answer: answer.url.endswith("/prompt") and answer.request.method == "POST") as sent:
+    with page.expect_response(
+        lambda answer: answer.url.endswith("/prompt") and answer.request.method == "POST"
+    ) as sent:
         page.get_by_test_id("queue-button").first.click()
     entry = host.wait(sent.value.json()["prompt_id"])
     page.wait_for_timeout(2000)  # the picture appears in the node
@@ -90,4 +102,6 @@ def photograph(page: Page, path: Path) -> None:
     }
     picture = Image.open(BytesIO(page.screenshot(clip=clip))).convert("RGB")
     height = round(picture.height * THUMBNAIL_WIDTH / picture.width)
-    picture.resize((THUMBNAIL_WIDTH, height), Image.Resampling.LANCZOS).save(path, quality=85, optimize=True)
+    picture.resize((THUMBNAIL_WIDTH, height), Image.Resampling.LANCZOS).save(
+        path, quality=85, optimize=True
+    )

@@ -24,14 +24,32 @@ class Graph:
 class AvatarGraph(Graph):
     """Starts with the avatar model and paints from there."""
 
-    def __init__(self, *, background: str = "white", smile: str = "neutral", light: str = "front", pictures: int = 1):
+    def __init__(
+        self,
+        *,
+        background: str = "white",
+        smile: str = "neutral",
+        light: str = "front",
+        pictures: int = 1,
+    ):
         super().__init__()
         self.loader = self.add(
-            "W2WPP_LoadAvatarModel", background=background, smile=smile, light=light, pictures=pictures
+            "W2WPP_LoadAvatarModel",
+            background=background,
+            smile=smile,
+            light=light,
+            pictures=pictures,
         )
         self.model: Link = [self.loader, 0]
 
-    def sample(self, seed: int, *, count: int = 1, truncation: float = 1.0, space: str = "avatars.safetensors") -> Link:
+    def sample(
+        self,
+        seed: int,
+        *,
+        count: int = 1,
+        truncation: float = 1.0,
+        space: str = "avatars.safetensors",
+    ) -> Link:
         opened = self.add("W2WPP_LoadSpace", space=space)
         drawn = self.add(
             "W2WPP_SampleIdentity", space=[opened, 0], seed=seed, truncation=truncation, count=count
@@ -39,7 +57,9 @@ class AvatarGraph(Graph):
         return [drawn, 0]
 
     def apply(self, identity: Link, strength: float = 1.0) -> str:
-        return self.add("W2WPP_ApplyDecodedLora", model=self.model, identity=identity, strength=strength)
+        return self.add(
+            "W2WPP_ApplyDecodedLora", model=self.model, identity=identity, strength=strength
+        )
 
     def paint(self, model: Link, *, seed: int = 0, prefix: str = "test") -> str:
         """KSampler, VAE Decode and Save Image; returns the id of the last."""
@@ -55,7 +75,10 @@ def to_prompt(workflow: dict[str, Any], object_info: dict[str, Any]) -> dict[str
     """What the front end would send for a saved workflow of plain nodes (no subgraphs, nothing muted)."""
     links = {link[0]: [str(link[1]), link[2]] for link in workflow["links"]}
     return {
-        str(node["id"]): {"class_type": node["type"], "inputs": _inputs(node, object_info[node["type"]], links)}
+        str(node["id"]): {
+            "class_type": node["type"],
+            "inputs": _inputs(node, object_info[node["type"]], links),
+        }
         for node in workflow["nodes"]
         if node["type"] not in ("Note", "MarkdownNote")
     }

@@ -18,7 +18,11 @@ ENGLISH = REPO / "locales" / "en" / "nodeDefs.json"
 
 def english(object_info: dict[str, Any]) -> dict[str, Any]:
     """The texts of this pack's nodes, as the front end looks them up."""
-    return {name: _texts(info) for name, info in sorted(object_info.items()) if name.startswith("W2WPP_")}
+    return {
+        name: _texts(info)
+        for name, info in sorted(object_info.items())
+        if name.startswith("W2WPP_")
+    }
 
 
 def _texts(info: dict[str, Any]) -> dict[str, Any]:
@@ -27,8 +31,13 @@ def _texts(info: dict[str, Any]) -> dict[str, Any]:
     return {
         "display_name": info["display_name"],
         "description": info["description"],
-        "inputs": {name: {"name": name, "tooltip": options["tooltip"]} for name, (_, options) in inputs.items()},
-        "outputs": {str(i): {"name": name, "tooltip": tooltip} for i, (name, tooltip) in enumerate(outputs)},
+        "inputs": {
+            name: {"name": name, "tooltip": options["tooltip"]}
+            for name, (_, options) in inputs.items()
+        },
+        "outputs": {
+            str(i): {"name": name, "tooltip": tooltip} for i, (name, tooltip) in enumerate(outputs)
+        },
     }
 
 

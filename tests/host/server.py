@@ -14,7 +14,6 @@ import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +44,9 @@ def find_host() -> tuple[Path, Path]:
     for python in tried:
         if python.exists():
             return folder, python
-    raise HostMissing(f"no Python for {folder}: tried {', '.join(map(str, tried))}; set COMFYUI_PYTHON")
+    raise HostMissing(
+        f"no Python for {folder}: tried {', '.join(map(str, tried))}; set COMFYUI_PYTHON"
+    )
 
 
 def _usual_interpreters(folder: Path) -> list[Path]:
@@ -91,7 +92,9 @@ class Host:
 
     def post(self, path: str, data: dict[str, Any]) -> Any:
         body = json.dumps(data).encode()
-        request = urllib.request.Request(self.url + path, body, {"Content-Type": "application/json"})
+        request = urllib.request.Request(
+            self.url + path, body, {"Content-Type": "application/json"}
+        )
         with urllib.request.urlopen(request, timeout=SECONDS) as answer:
             return json.loads(answer.read() or b"null")
 
@@ -116,7 +119,12 @@ class Host:
         deadline = time.monotonic() + SECONDS
         while time.monotonic() < deadline:
             entry = self.json(f"/history/{prompt_id}").get(prompt_id)
-            if entry and entry["status"]["completed"] or entry and entry["status"]["status_str"] == "error":
+            if (
+                (entry
+                and entry["status"]["completed"])
+                or (entry
+                and entry["status"]["status_str"] == "error")
+            ):
                 return entry
             time.sleep(0.2)
         raise TimeoutError(f"prompt {prompt_id} did not end within {SECONDS} s")
@@ -157,7 +165,9 @@ def serving(base: Path) -> Iterator[Host]:
     ]  # fmt: skip
     environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
     with open(log, "wb") as stream:
-        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=stream, stderr=stream)
+        process = subprocess.Popen(
+            command, cwd=folder, env=environment, stdout=stream, stderr=stream
+        )
         try:
             host = Host(base, port, log)
             _await_start(host, process)

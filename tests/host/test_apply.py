@@ -28,7 +28,7 @@ def dump(graph: AvatarGraph, model: Link, file: str) -> str:
 def host_key(module: str, blocks: dict[str, str]) -> str:
     """The host's name of a module's weight: only the block is called something else."""
     prefix = next(p for p in blocks if module.startswith(p + "."))
-    return f"{blocks[prefix]}{module[len(prefix):]}.weight"
+    return f"{blocks[prefix]}{module[len(prefix) :]}.weight"
 
 
 @pytest.mark.parametrize("strength", [1.0, -0.7])
@@ -89,7 +89,9 @@ def test_one_seed_gives_the_same_bits_and_another_seed_another_face(host: Host) 
 
     first, again, other = picture(1), picture(1), picture(2)
     assert np.array_equal(first, again)
-    assert np.abs(first.astype(int) - other).mean() > 5  # of 255: the noise is the same, the face is not
+    assert (
+        np.abs(first.astype(int) - other).mean() > 5
+    )  # of 255: the noise is the same, the face is not
 
 
 def test_a_batch_is_painted_one_by_one_as_each_would_be_alone(host: Host) -> None:
@@ -106,7 +108,9 @@ def test_a_batch_is_painted_one_by_one_as_each_would_be_alone(host: Host) -> Non
 def test_ends_of_a_walk_are_the_two_people(host: Host) -> None:
     graph = AvatarGraph()
     a, b = graph.sample(21), graph.sample(22)
-    walk = graph.add("W2WPP_Interpolate", identity_a=a, identity_b=b, steps=3, position=1.0, mode="slerp")
+    walk = graph.add(
+        "W2WPP_Interpolate", identity_a=a, identity_b=b, steps=3, position=1.0, mode="slerp"
+    )
     painted = [graph.paint([graph.apply(who), 0]) for who in (a, b, [walk, 0])]
     result = host.run(graph.nodes)
     (start,), (end,), strip = map(result.pictures, painted)
@@ -121,7 +125,11 @@ def test_the_hosts_own_lora_nodes_paint_the_same_picture(host: Host, strength: f
     applied = graph.apply(graph.sample(31), strength)
     by_apply = graph.paint([applied, 0])
     loaded = graph.add(
-        "LoraModelLoader", model=graph.model, lora=[applied, 1], strength_model=strength, bypass=False
+        "LoraModelLoader",
+        model=graph.model,
+        lora=[applied, 1],
+        strength_model=strength,
+        bypass=False,
     )
     by_lora_model = graph.paint([loaded, 0])
     graph.add("SaveLoRA", lora=[applied, 1], prefix=f"loras/face{strength}")
@@ -129,7 +137,9 @@ def test_the_hosts_own_lora_nodes_paint_the_same_picture(host: Host, strength: f
     saved = max((host.output / "loras").glob(f"face{strength}*.safetensors"))
 
     stock = AvatarGraph()
-    load = stock.add("LoraLoaderModelOnly", model=stock.model, lora_name=saved.name, strength_model=strength)
+    load = stock.add(
+        "LoraLoaderModelOnly", model=stock.model, lora_name=saved.name, strength_model=strength
+    )
     by_saved_file = stock.paint([load, 0])
     (expected,), (got,) = result.pictures(by_apply), result.pictures(by_lora_model)
     assert np.array_equal(expected, got)
@@ -147,12 +157,17 @@ def test_a_file_exported_by_the_library_paints_the_same_picture(host: Host) -> N
     graph = AvatarGraph()
     by_apply = graph.paint([graph.apply(graph.sample(32)), 0])
     load = graph.add(
-        "LoraLoaderModelOnly", model=graph.model, lora_name="exported.safetensors", strength_model=1.0
+        "LoraLoaderModelOnly",
+        model=graph.model,
+        lora_name="exported.safetensors",
+        strength_model=1.0,
     )
     by_file = graph.paint([load, 0])
     result = host.run(graph.nodes)
     (expected,), (got,) = result.pictures(by_apply), result.pictures(by_file)
-    assert np.abs(expected.astype(int) - got).max() <= 1  # two versions of torch may decode with other last bits
+    assert (
+        np.abs(expected.astype(int) - got).max() <= 1
+    )  # two versions of torch may decode with other last bits
 
 
 def test_a_wrong_model_is_named_and_nothing_is_painted(host: Host) -> None:

@@ -38,14 +38,18 @@ def test_ids_names_and_category_are_the_promised_ones(object_info: dict) -> None
 @pytest.mark.parametrize("name", NAMES)
 def test_every_input_and_output_explains_itself(object_info: dict, name: str) -> None:
     info = object_info[name]
-    tooltips = [options.get("tooltip") for options in declared(info).values()] + info["output_tooltips"]
+    tooltips = [options.get("tooltip") for options in declared(info).values()] + info[
+        "output_tooltips"
+    ]
     assert len(info["output_tooltips"]) == len(info["output"])
     assert all(tooltip and tooltip.endswith(".") for tooltip in [*tooltips, info["description"]])
     assert info.get("search_aliases")
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_help_page_is_served_and_names_every_input_and_output(host: Host, object_info: dict, name: str) -> None:
+def test_help_page_is_served_and_names_every_input_and_output(
+    host: Host, object_info: dict, name: str
+) -> None:
     page = host.get(f"/extensions/{PACK_FOLDER}/docs/{name}.md")
     assert page == (REPO / "web" / "docs" / f"{name}.md").read_bytes()
     info = object_info[name]
@@ -55,7 +59,9 @@ def test_help_page_is_served_and_names_every_input_and_output(host: Host, object
 
 def test_texts_are_served_in_every_language_for_every_node(host: Host, object_info: dict) -> None:
     expected = english(object_info)
-    assert json.loads(ENGLISH.read_text(encoding="utf-8")) == expected, "run python -m tests.host.refresh"
+    assert json.loads(ENGLISH.read_text(encoding="utf-8")) == expected, (
+        "run python -m tests.host.refresh"
+    )
     served = host.json("/i18n")
     for folder in (REPO / "locales").iterdir():
         texts = served[folder.name]["nodeDefs"]
@@ -73,7 +79,9 @@ def test_the_pack_imports_without_a_complaint_and_without_the_network(host: Host
 
 
 def spaces(host: Host) -> list[str]:
-    kind, options = host.json("/object_info/W2WPP_LoadSpace")["W2WPP_LoadSpace"]["input"]["required"]["space"]
+    kind, options = host.json("/object_info/W2WPP_LoadSpace")["W2WPP_LoadSpace"]["input"][
+        "required"
+    ]["space"]
     return options["options"] if kind == "COMBO" else kind
 
 
@@ -85,8 +93,12 @@ def test_spaces_are_listed_from_the_pack_and_from_the_users_folder(host: Host) -
     save_file({"weight": torch.zeros(2)}, folder / "other.safetensors", {"format": "w2wpp.dataset"})
     (folder / "note.txt").write_text("not a space")
     listed = spaces(host)
-    assert {"avatars.safetensors", "avatars-pca.safetensors", "friends/copy.safetensors"} <= set(listed)
-    assert not {"friends/other.safetensors", "friends/note.txt", "avatar-base.safetensors"} & set(listed)
+    assert {"avatars.safetensors", "avatars-pca.safetensors", "friends/copy.safetensors"} <= set(
+        listed
+    )
+    assert not {"friends/other.safetensors", "friends/note.txt", "avatar-base.safetensors"} & set(
+        listed
+    )
 
 
 def test_a_broken_space_is_listed_and_loading_it_says_what_is_wrong(host: Host) -> None:
@@ -102,7 +114,9 @@ def test_a_broken_space_is_listed_and_loading_it_says_what_is_wrong(host: Host) 
 def test_people_of_two_spaces_are_not_mixed(host: Host) -> None:
     graph = AvatarGraph()
     a, b = graph.sample(1), graph.sample(2, space="avatars-pca.safetensors")
-    walk = graph.add("W2WPP_Interpolate", identity_a=a, identity_b=b, steps=3, position=1.0, mode="slerp")
+    walk = graph.add(
+        "W2WPP_Interpolate", identity_a=a, identity_b=b, steps=3, position=1.0, mode="slerp"
+    )
     graph.paint([graph.apply([walk, 0]), 0])
     with pytest.raises(PromptFailed, match="SpaceMismatch"):
         host.run(graph.nodes)

@@ -15,9 +15,17 @@ from .test_apply import host_key
 
 # Block names of diffusers and of the host, from the original SD 1.5 checkpoint and its conversion.
 SD15_BLOCKS = {
-    **{f"down_blocks.{i}.attentions.{j}": f"input_blocks.{1 + 3 * i + j}.1" for i in range(3) for j in range(2)},
+    **{
+        f"down_blocks.{i}.attentions.{j}": f"input_blocks.{1 + 3 * i + j}.1"
+        for i in range(3)
+        for j in range(2)
+    },
     "mid_block.attentions.0": "middle_block.1",
-    **{f"up_blocks.{i}.attentions.{j}": f"output_blocks.{3 * i + j}.1" for i in range(1, 4) for j in range(3)},
+    **{
+        f"up_blocks.{i}.attentions.{j}": f"output_blocks.{3 * i + j}.1"
+        for i in range(1, 4)
+        for j in range(3)
+    },
 }
 
 
@@ -32,7 +40,9 @@ def random_space(components: int) -> Space:
         singular_values=torch.full((components,), 100.0),
     )
     codec = build_codec({"name": "pca", "coefficient_size": components, "latent_size": components})
-    return Space(SD15, basis, codec, torch.zeros(components), torch.ones(components), {"name": "random"})
+    return Space(
+        SD15, basis, codec, torch.zeros(components), torch.ones(components), {"name": "random"}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +58,9 @@ def applied(space_name: str, family: str, strength: float) -> tuple[Graph, str, 
     model = graph.add("Probe_RandomModel", family=family)
     opened = graph.add("W2WPP_LoadSpace", space=space_name)
     drawn = graph.add("W2WPP_SampleIdentity", space=[opened, 0], seed=3, truncation=1.0, count=1)
-    apply = graph.add("W2WPP_ApplyDecodedLora", model=[model, 0], identity=[drawn, 0], strength=strength)
+    apply = graph.add(
+        "W2WPP_ApplyDecodedLora", model=[model, 0], identity=[drawn, 0], strength=strength
+    )
     return graph, model, apply
 
 
@@ -73,5 +85,7 @@ def test_all_64_modules_of_sd15_are_patched(host: Host, space: Space) -> None:
 def test_sd20_has_the_names_but_not_the_shapes(host: Host, space: Space) -> None:
     graph, _, apply = applied("mine/random-sd15.safetensors", "SD20", 1.0)
     graph.add("Probe_Weights", model=[apply, 0], file="never.safetensors", endings="to_q.weight")
-    with pytest.raises(PromptFailed, match=r"SD20.*0 of them are missing and 16 have another shape"):
+    with pytest.raises(
+        PromptFailed, match=r"SD20.*0 of them are missing and 16 have another shape"
+    ):
         host.run(graph.nodes)

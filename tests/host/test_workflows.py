@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -11,7 +13,11 @@ from .graphs import to_prompt
 from .server import PACK_FOLDER, REPO, Host
 
 # Rows and columns of faces in the saved picture, and the gap between them.
-FACES = {"sample_a_face": (1, 1, 0), "four_new_identities": (2, 2, 4), "walk_between_two": (1, 7, 2)}
+FACES = {
+    "sample_a_face": (1, 1, 0),
+    "four_new_identities": (2, 2, 4),
+    "walk_between_two": (1, 7, 2),
+}
 
 
 def cells(picture: np.ndarray, rows: int, columns: int, gap: int) -> list[np.ndarray]:
@@ -35,7 +41,7 @@ def test_a_walk_changes_the_face_little_by_little(host: Host, object_info: dict)
     (picture,) = host.run(to_prompt(read_workflow(name), object_info)).pictures()
     walk = cells(picture, *FACES[name])
     whole = np.abs(walk[0] - walk[-1]).mean()
-    assert all(np.abs(a - b).mean() < 0.6 * whole for a, b in zip(walk, walk[1:]))
+    assert all(np.abs(a - b).mean() < 0.6 * whole for a, b in pairwise(walk))
 
 
 def test_each_workflow_has_a_thumbnail_where_the_gallery_looks(host: Host) -> None:
@@ -43,7 +49,9 @@ def test_each_workflow_has_a_thumbnail_where_the_gallery_looks(host: Host) -> No
     assert sorted(host.json("/workflow_templates")[PACK_FOLDER]) == workflow_names()
     for name in workflow_names():
         thumbnail = REPO / "example_workflows" / f"{name}.jpg"
-        assert host.get(f"/api/workflow_templates/{PACK_FOLDER}/{name}.jpg") == thumbnail.read_bytes()
+        assert (
+            host.get(f"/api/workflow_templates/{PACK_FOLDER}/{name}.jpg") == thumbnail.read_bytes()
+        )
         assert Image.open(thumbnail).width >= 800
 
 

@@ -41,9 +41,13 @@ class RandomModel(io.ComfyNode):
         generator = torch.Generator().manual_seed(0)
         for name, weight in model.diffusion_model.named_parameters():
             if name.endswith(("to_q.weight", "to_v.weight")):
-                weight.copy_(torch.randn(weight.shape, generator=generator) / weight.shape[1] ** 0.5)
+                weight.copy_(
+                    torch.randn(weight.shape, generator=generator) / weight.shape[1] ** 0.5
+                )
         cpu = torch.device("cpu")
-        return io.NodeOutput(comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu))
+        return io.NodeOutput(
+            comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu)
+        )
 
 
 class Weights(io.ComfyNode):
@@ -66,7 +70,11 @@ class Weights(io.ComfyNode):
     def execute(cls, model, file, endings):
         comfy.model_management.load_models_gpu([model])
         unet = model.model.diffusion_model.state_dict()
-        kept = {k: v.detach().cpu().contiguous() for k, v in unet.items() if k.endswith(tuple(endings.split()))}
+        kept = {
+            k: v.detach().cpu().contiguous()
+            for k, v in unet.items()
+            if k.endswith(tuple(endings.split()))
+        }
         save_file(kept, os.path.join(folder_paths.get_output_directory(), file))
         return io.NodeOutput()
 

@@ -8,7 +8,10 @@ _connect = socket.socket.connect
 
 
 def connect(self, address):
-    if self.family in (socket.AF_INET, socket.AF_INET6) and not ipaddress.ip_address(address[0]).is_loopback:
+    if (
+        self.family in (socket.AF_INET, socket.AF_INET6)
+        and not ipaddress.ip_address(address[0]).is_loopback
+    ):
         logging.error("probe: refused to connect to %s", address)
         raise OSError("the tests run without a network")
     return _connect(self, address)
