@@ -74,7 +74,7 @@ class Container:
         return name in self.entries
 
     def require(self, name: str, shape: tuple[int | None, ...], *dtypes: torch.dtype) -> Entry:
-        """The entry of a tensor that must exist with this shape (None: any size) and one of these dtypes."""
+        """The entry of a tensor that must exist with this shape (None: any) and such a dtype."""
         if name not in self.entries:
             raise FormatError(f"{self.path}: the tensor '{name}' is missing. Make the file again.")
         entry = self.entries[name]
@@ -108,7 +108,7 @@ class Container:
         tensor = torch.empty(shape, dtype=self.entries[name].dtype)
         if tensor.numel() == 0:
             return tensor
-        target = memoryview(_bytes(tensor).numpy())
+        target = _bytes(tensor).numpy().data
         with open(self.path, "rb") as f:
             f.seek(start)
             if f.readinto(target) != len(target):  # type: ignore[attr-defined]
@@ -121,7 +121,7 @@ class Container:
 def open_container(
     path: str | os.PathLike[str], format: str | None = None, *, versions: tuple[str, ...] = ("1",)
 ) -> Container:
-    """Open a safetensors file and check its header; with `format`, check what it is and its version as well."""
+    """Open a safetensors file and check its header; with `format`, what it is and its version."""
     path = Path(path)
     header = _read_header(path)
     metadata = header.pop("__metadata__", {})
@@ -144,7 +144,7 @@ def write_container(
     config: Mapping[str, Any] | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a safetensors file: beside the target first, then renamed, so that no reader meets half a file."""
+    """Write a safetensors file beside the target, then rename it: no reader meets half a file."""
     path = Path(path)
     texts = dict(metadata or {})
     if format is not None:
@@ -281,7 +281,7 @@ def _write_tensor(f: BinaryIO, name: str, tensor: Tensor | Streamed) -> None:
         rows += chunk.shape[0] if chunk.ndim else 1
         flat = chunk.detach().to("cpu", tensor.dtype)
         if flat.numel():
-            f.write(memoryview(_bytes(flat.contiguous()).numpy()))
+            f.write(_bytes(flat.contiguous()).numpy().data)
     if isinstance(tensor, Streamed) and rows != tensor.shape[0]:
         raise FormatError(f"'{name}' was announced with {tensor.shape[0]} rows, {rows} arrived.")
 

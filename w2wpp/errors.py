@@ -1,4 +1,4 @@
-"""Everything this library refuses, in one family: catch `W2WError` and print it, it is a sentence for the user."""
+"""What this library refuses, in one family: catch `W2WError`, its text is meant for the user."""
 
 
 class W2WError(ValueError):
@@ -6,7 +6,7 @@ class W2WError(ValueError):
 
 
 class FormatError(W2WError):
-    """A file is not what it claims to be: truncated, of another format, a future version, not finite."""
+    """A file is not what it claims to be: truncated, another format, a future version, NaN."""
 
 
 class LayoutMismatch(W2WError):

@@ -53,7 +53,7 @@ class Identity:
         return len(self.z)
 
     def __getitem__(self, index: int | slice) -> Identity:
-        """One identity or a range of them, still as a batch. The provenance keeps the rows it came from."""
+        """One identity or a range of them, still as a batch; provenance keeps the row numbers."""
         rows = list(range(len(self)))[index]
         rows = rows if isinstance(rows, list) else [rows]
         before = self.provenance.get("rows", range(len(self)))

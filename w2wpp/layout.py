@@ -30,7 +30,7 @@ class Module:
 
 @dataclass(frozen=True)
 class Layout:
-    """An ordered list of modules that share rank and alpha. The delta of a module is (alpha / rank) * B @ A."""
+    """An ordered list of modules that share rank and alpha; a delta is (alpha / rank) * B @ A."""
 
     name: str
     base_model: str  # family of the base model: "sd15", "avatar", ...
@@ -57,7 +57,7 @@ class Layout:
             start = stop
 
     def pack(self, lora: Mapping[str, tuple[Tensor, Tensor]]) -> Tensor:
-        """{module: (A [r, in], B [out, r])} -> w [P]; with a leading N on every matrix -> w [N, P]."""
+        """{module: (A [r, in], B [out, r])} -> w [P]; with a leading N on each matrix, w [N, P]."""
         self._check(lora)
         parts = [t.flatten(-2) for m in self.modules for t in lora[m.name]]
         return torch.cat(parts, dim=-1)

@@ -47,7 +47,7 @@ _COMPOUND = (
 
 @dataclass(frozen=True, eq=False)
 class LoraFile:
-    """A LoRA as read: matrices in single precision under dotted diffusers names, and what else the file said."""
+    """A LoRA as read: single-precision matrices by dotted diffusers name, and the file's remarks."""
 
     lora: Lora
     alphas: dict[str, float]  # per module; the rank where the file names none
@@ -56,7 +56,7 @@ class LoraFile:
     path: str = ""
 
     def vector(self, layout: Layout) -> Tensor:
-        """w [P] in a layout. Where the file scales otherwise, the difference goes into B, so the delta is the same."""
+        """w [P] in a layout. If the file scales otherwise, B takes it up and the delta is equal."""
         scaled = {}
         for name, (a, b) in self.lora.items():
             factor = self.alphas[name] / a.shape[0] / layout.scale

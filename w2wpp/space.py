@@ -158,7 +158,7 @@ class Space:
         digest = hashlib.sha256(json.dumps(self.architecture(), sort_keys=True).encode())
         for name, t in sorted(self.tensors().items()):
             digest.update(f"{name} {DTYPE_NAMES[t.dtype]} {list(t.shape)};".encode())
-            digest.update(memoryview(t.reshape(-1).view(torch.uint8).numpy()))
+            digest.update(t.reshape(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()[:32]
 
 

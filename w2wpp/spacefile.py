@@ -12,9 +12,11 @@ used.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +25,7 @@ from torch import Tensor
 from .basis import AffineBasis, AnyBasis, Basis
 from .codecs import Codec, build_codec
 from .container import Container, open_container, write_container
-from .errors import ConfigError, FormatError
+from .errors import ConfigError, FormatError, SpaceMismatch
 from .layout import Layout
 from .space import Space, compact
 
@@ -72,6 +74,20 @@ def load_space(path: str | os.PathLike[str]) -> Space:
         fingerprint
     )  # as written; computing it would read every tensor
     return space
+
+
+def find_space(fingerprint: str, folders: Iterable[Path] = ()) -> Path:
+    """The space file with a fingerprint, among the shipped ones and in other folders; reads headers only."""
+    shipped = Path(__file__).resolve().parent.parent / "models"
+    for folder in (*folders, shipped):
+        for path in sorted(folder.glob("*.safetensors")):
+            with contextlib.suppress(FormatError):
+                if open_container(path, FORMAT).config.get("fingerprint") == fingerprint:
+                    return path
+    raise SpaceMismatch(
+        f"None of the space files nearby has the fingerprint {fingerprint[:8]} that this identity was made in. "
+        "Name the space file."
+    )
 
 
 def _basis(file: Container, config: Mapping[str, Any], size: int) -> AnyBasis:

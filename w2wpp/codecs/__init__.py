@@ -14,11 +14,11 @@ from .seed import Seed
 from .vae_mlp import MLPVAE
 from .vae_skip import SkipVAE
 
-CODECS: dict[str, type[Codec]] = {c.name: c for c in (PCA, SkipVAE, MLPVAE, Seed)}
+CODECS: dict[str, Any] = {c.name: c for c in (PCA, SkipVAE, MLPVAE, Seed)}
 
 
 def build_codec(config: Mapping[str, Any], *, operations: Any = nn) -> Codec:
-    """A codec with fresh weights from its configuration; layers are made by `operations` (torch.nn by default)."""
+    """A codec with fresh weights from its configuration; `operations` makes the layers."""
     options = dict(config)
     name = options.pop("name", None)
     if name not in CODECS:

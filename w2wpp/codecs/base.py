@@ -26,7 +26,7 @@ class Posterior:
         return torch.exp(0.5 * self.logvar)
 
     def kl(self) -> Tensor:
-        """Divergence from N(0, I) per unit, in nats: [B, d] (Kingma and Welling 2014, appendix B)."""
+        """Divergence from N(0, I) per unit, in nats [B, d] (Kingma and Welling 2014, app. B)."""
         return 0.5 * (self.mean**2 + self.logvar.exp() - 1.0 - self.logvar)
 
     def at(self, noise: Tensor) -> Tensor:
@@ -35,7 +35,10 @@ class Posterior:
 
 
 class Codec(nn.Module):
-    """Subclasses define `_encode`, `_decode` and `options`; layers come from `operations` (torch.nn or a host's own)."""
+    """Subclasses define `_encode`, `_decode` and `options`.
+
+    Layers come from a namespace `operations`: torch.nn, or a host's own.
+    """
 
     name: ClassVar[str]
 
@@ -66,10 +69,10 @@ class Codec(nn.Module):
         return {}
 
     def adapt(self, singular_values: Tensor, weight: Tensor, beta: float) -> None:
-        """Before training: fit fixed parts to the data's scales [K], the loss's weights [K] and KL weight."""
+        """Before training: fit fixed parts to the scales [K], the loss's weights [K] and beta."""
 
     def read_later(self, reader: Callable[[], Mapping[str, Tensor]]) -> None:
-        """Leave the weights where they are (built on the meta device) until the codec is first used."""
+        """Leave the weights in their file until first use; the codec was built on meta."""
         self._reader = reader
 
     @torch.inference_mode(False)

@@ -1,4 +1,4 @@
-"""The linear codec: latents are the whitened coefficients. With a PCA basis this is weights2weights (w2w)."""
+"""The linear codec: latents are whitened coefficients. With a PCA basis, weights2weights (w2w)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .base import LOGVAR_MIN, Codec, Posterior
 
 
 class PCA(Codec):
-    """The identity, d = K. Nothing is uncertain, so the posterior has the smallest variance that is allowed."""
+    """The identity, d = K. Nothing is uncertain: the posterior has the least variance allowed."""
 
     name = "pca"
 

@@ -11,7 +11,10 @@ from .vae_mlp import MLPVAE
 
 
 class Seed(MLPVAE):
-    """P -> 2048 -> 1024 -> d and back, then tanh. Use with `AffineBasis(P, scale=10)`: a vector is tanh(...) / 10."""
+    """P -> 2048 -> 1024 -> d and back, then tanh.
+
+    Use with `AffineBasis(P, scale=10)`: a decoded vector is tanh(...) / 10.
+    """
 
     name = "seed"
 

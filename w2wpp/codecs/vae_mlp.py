@@ -13,9 +13,16 @@ from .base import LOGVAR_MAX, LOGVAR_MIN, Codec, Posterior
 
 
 class MLPVAE(Codec):
-    """K -> hidden -> d and back, LeakyReLU 0.01 between linear layers. Parameter names are the seed's own."""
+    """K -> hidden -> d and back, LeakyReLU 0.01 between linear layers.
+
+    Parameter names are those of the seed's checkpoints. The gain g [K] (deviation of each
+    coefficient relative to the first) undoes the whitening at the entrance: with nearly as many
+    components as training rows, whitened rows are all orthogonal and tell nothing of each other.
+    """
 
     name = "vae-mlp"
+
+    gain: Tensor
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""The VAE that starts as PCA: the first d coefficients, plus a learned linear map, plus a residual MLP, each way."""
+"""The VAE that starts as PCA: d coefficients, plus a linear map, plus a residual MLP, each way."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ class SkipVAE(Codec):
     """
 
     name = "vae-skip"
+
+    gain: Tensor
 
     def __init__(
         self,

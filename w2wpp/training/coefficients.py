@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -41,6 +41,11 @@ class Coefficients:
         if not len(self.outside) == len(self.identity) == len(self.heldout) == n:
             raise ShapeError(f"Coefficients [{n}, K] need as many identities and flags.")
         check_holdout(self.identity, self.heldout)
+
+    def truncated(self, rank: int, singular_values: Tensor) -> Coefficients:
+        """Of the first `rank` components of a basis with these singular values [K]."""
+        rest = (self.values[:, rank:] * singular_values[rank:]).square().sum(1)
+        return replace(self, values=self.values[:, :rank], outside=self.outside + rest)
 
 
 def project_dataset(dataset: VectorDataset, basis: AnyBasis) -> Coefficients:
@@ -115,5 +120,12 @@ def load_coefficients(path: str | os.PathLike[str]) -> tuple[Coefficients, Basis
     file.require("outside", (n,), torch.float32)
     file.require("identity", (n,), torch.int64)
     file.require("heldout", (n,), torch.bool)
-    values = [file.read(name) for name in ("coefficients", "outside", "identity", "heldout")]
-    return Coefficients(layout, *values, provenance=file.config.get("provenance", {})), basis
+    coefficients = Coefficients(
+        layout,
+        file.read("coefficients"),
+        file.read("outside"),
+        file.read("identity"),
+        file.read("heldout"),
+        file.config.get("provenance", {}),
+    )
+    return coefficients, basis

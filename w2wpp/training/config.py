@@ -83,7 +83,7 @@ class VaeTraining:
 
 
 def seed_training(**changes: Any) -> VaeTraining:
-    """The w2w++ seed's recipe, to be used with `AffineBasis(P, scale=10)`; its run had no early stopping."""
+    """The w2w++ seed's recipe, for `AffineBasis(P, scale=10)`; it had no early stopping."""
     recipe = {
         "codec": "seed",
         "latent": 512,

@@ -125,7 +125,10 @@ class _Run:
         self.final_beta = self.schedule(training.epochs)
         decayed = [p for p in self.codec.parameters() if p.ndim > 1]
         others = [p for p in self.codec.parameters() if p.ndim <= 1]
-        groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
+        groups: list[dict[str, Any]] = [
+            {"params": decayed},
+            {"params": others, "weight_decay": 0.0},
+        ]
         self.optimiser = torch.optim.AdamW(
             groups, lr=training.lr, weight_decay=training.weight_decay
         )
@@ -345,7 +348,7 @@ def _digest(data: Coefficients, training: VaeTraining, generator: torch.Generato
     """Names a run: settings and data. A checkpoint of another run must not be taken up."""
     digest = hashlib.sha256(repr((training, generator.initial_seed())).encode())
     for t in (data.values, data.heldout, data.identity):
-        digest.update(memoryview(t.contiguous().view(torch.uint8).numpy()))
+        digest.update(t.contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
