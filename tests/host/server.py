@@ -119,11 +119,8 @@ class Host:
         deadline = time.monotonic() + SECONDS
         while time.monotonic() < deadline:
             entry = self.json(f"/history/{prompt_id}").get(prompt_id)
-            if (
-                (entry
-                and entry["status"]["completed"])
-                or (entry
-                and entry["status"]["status_str"] == "error")
+            if (entry and entry["status"]["completed"]) or (
+                entry and entry["status"]["status_str"] == "error"
             ):
                 return entry
             time.sleep(0.2)

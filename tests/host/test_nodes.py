@@ -43,7 +43,8 @@ def test_every_input_and_output_explains_itself(object_info: dict, name: str) ->
     ]
     assert len(info["output_tooltips"]) == len(info["output"])
     assert all(tooltip and tooltip.endswith(".") for tooltip in [*tooltips, info["description"]])
-    assert info.get("search_aliases")
+    if "search_aliases" in object_info["KSampler"]:  # hosts of 2025 know none
+        assert info["search_aliases"]
 
 
 @pytest.mark.parametrize("name", NAMES)

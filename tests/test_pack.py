@@ -1,0 +1,63 @@
+"""The pack as the host finds it, without the host: what may import what, and the files beside the nodes."""
+
+from __future__ import annotations
+
+import ast
+import json
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[1]
+NODES = sorted((REPO / "nodes").glob("*.py"))
+SOURCES = [REPO / "__init__.py", *NODES, *sorted((REPO / "w2wpp").rglob("*.py"))]
+WORKFLOWS = sorted((REPO / "example_workflows").glob("*.json"))
+
+
+def imported(path: Path, *, inside_functions: bool = True) -> set[str]:
+    """Top-level names of the absolute imports in a file."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    nodes = ast.walk(tree) if inside_functions else tree.body
+    names = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names.add(str(node.module).split(".")[0])
+    return names
+
+
+def test_the_root_imports_nothing_until_the_host_asks() -> None:
+    assert imported(REPO / "__init__.py") == set()
+    tree = ast.parse((REPO / "__init__.py").read_text(encoding="utf-8"))
+    assert not any(isinstance(node, ast.Import | ast.ImportFrom) for node in tree.body)
+
+
+@pytest.mark.parametrize("path", NODES, ids=lambda path: path.name)
+def test_only_one_file_knows_the_hosts_internals(path: Path) -> None:
+    host = {
+        "comfy",
+        "comfy_execution",
+        "execution",
+        "folder_paths",
+        "latent_preview",
+        "nodes",
+        "server",
+    }
+    assert path.name == "host.py" or not imported(path) & host
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(REPO)))
+def test_sources_are_readable_everywhere_and_install_nothing(path: Path) -> None:
+    path.read_text(encoding="utf-8").encode("cp1252")
+    assert not imported(path) & {"subprocess", "pip", "requests", "urllib", "pickle"}
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_links_of_a_workflow_agree_with_its_nodes(path: Path) -> None:
+    workflow = json.loads(path.read_text(encoding="utf-8"))
+    nodes = {node["id"]: node for node in workflow["nodes"]}
+    for link, source, output, target, slot, kind in workflow["links"]:
+        assert link in nodes[source]["outputs"][output]["links"]
+        assert nodes[target]["inputs"][slot]["link"] == link
+        assert nodes[source]["outputs"][output]["type"] == kind
