@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .basis import AnyBasis
+from .basis import AnyBasis, check_batch
 from .codecs import Codec, Posterior
 from .container import DTYPE_NAMES
 from .errors import ConfigError, DataError, ShapeError
@@ -99,6 +99,9 @@ class Space:
 
     def decode(self, z: Tensor, residual: Tensor | None = None) -> Tensor:
         """Standardised latents z [B, d], and a residual [B, K] in coefficients -> w [B, P]."""
+        check_batch(z, self.latent_size, "latents", "d")
+        if residual is not None:
+            check_batch(residual, self.basis.rank, "a residual", "K")
         c = self.codec.decode(z.float() * self.prior_std + self.prior_mean)
         return self.basis.lift(c if residual is None else c + residual)
 

@@ -17,6 +17,7 @@ class Seed(MLPVAE):
     """
 
     name = "seed"
+    whitened = False  # raw vectors; and the published checkpoints hold no gain
 
     def __init__(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,8 @@ class MLPVAE(Codec):
 
     name = "vae-mlp"
 
-    gain: Tensor
+    gain: Tensor | None
+    whitened: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -34,7 +35,7 @@ class MLPVAE(Codec):
     ) -> None:
         super().__init__(coefficient_size, latent_size)
         self.hidden = tuple(hidden)
-        self.register_buffer("gain", torch.ones(coefficient_size))
+        self.register_buffer("gain", torch.ones(coefficient_size) if self.whitened else None)
         widths = [coefficient_size, *self.hidden]
         back = self.hidden[::-1]
 
@@ -56,13 +57,14 @@ class MLPVAE(Codec):
 
     @torch.no_grad()
     def adapt(self, singular_values: Tensor, weight: Tensor, beta: float) -> None:
-        self.gain.copy_(singular_values / singular_values.max())
+        if self.gain is not None:
+            self.gain.copy_(singular_values / singular_values.max())
 
     def _head(self) -> Sequence[nn.Module]:
         return ()
 
     def _encode(self, c: Tensor) -> Posterior:
-        h = self.encoder(c * self.gain)
+        h = self.encoder(c if self.gain is None else c * self.gain)
         return Posterior(self.fc_mu(h), self.fc_var(h).clamp(LOGVAR_MIN, LOGVAR_MAX))
 
     def _decode(self, z: Tensor) -> Tensor:

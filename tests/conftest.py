@@ -1,0 +1,69 @@
+"""A miniature of everything: a layout of 8 modules, 60 LoRA vectors with structure, and one space per codec."""
+
+import pytest
+import torch
+
+from w2wpp import AffineBasis, Space, build_codec, transformer_layout
+from w2wpp.training.coefficients import project_dataset
+from w2wpp.training.dataset import VectorDataset
+from w2wpp.training.fit_basis import fit_basis
+
+CODECS = ("pca", "vae-skip", "vae-mlp", "seed")
+COMPONENTS, LATENT = 12, 5
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture(scope="session")
+def layout():
+    blocks = [(f"down_blocks.1.attentions.{i}.transformer_blocks.0", 8) for i in range(2)]
+    return transformer_layout("tiny", "avatar", blocks, context_dim=6, rank=2, alpha=4.0)
+
+
+@pytest.fixture(scope="session")
+def dataset(layout):
+    """60 rows of 30 persons, two each, 6 persons held out; low-dimensional plus noise."""
+    g = generator(1)
+    w = torch.randn(60, 10, generator=g) @ torch.randn(10, layout.size, generator=g)
+    w = 0.01 * w + 0.003 * torch.randn(w.shape, generator=g) + 0.02
+    identity = torch.arange(60) // 2
+    labels = torch.randn(60, 2, generator=g)
+    return VectorDataset(layout, w, identity, identity % 5 == 0, labels, ("age", "smile"))
+
+
+@pytest.fixture(scope="session")
+def basis(dataset):
+    return fit_basis(dataset, COMPONENTS)
+
+
+@pytest.fixture(scope="session")
+def coefficients(dataset, basis):
+    return project_dataset(dataset, basis)
+
+
+@pytest.fixture(scope="session")
+def make_space(layout, basis):
+    """A space with random weights for a codec's name."""
+
+    def make(name, **provenance):
+        g = generator(2)
+        parts = AffineBasis(layout.size, scale=10.0) if name == "seed" else basis
+        d = parts.rank if name == "pca" else LATENT
+        options = {} if name == "pca" else {"hidden": [16]}
+        sizes = {"coefficient_size": parts.rank, "latent_size": d}
+        codec = build_codec({"name": name, **sizes, **options})
+        for p in codec.parameters():
+            p.data = 0.1 * torch.randn(p.shape, generator=g)
+        codec.requires_grad_(False).eval()
+        directions = {"smile": torch.randn(d, generator=g)}
+        mean, std = 0.1 * torch.randn(d, generator=g), 0.5 + torch.rand(d, generator=g)
+        return Space(layout, parts, codec, mean, std, {"name": name, **provenance}, directions)
+
+    return make
+
+
+@pytest.fixture(params=CODECS)
+def space(request, make_space):
+    return make_space(request.param)

@@ -1,0 +1,145 @@
+"""Every codec through one contract, then what is special about each."""
+
+import pytest
+import torch
+from torch import nn
+
+from w2wpp import CODECS, ConfigError, ShapeError, build_codec
+from w2wpp.codecs.base import Posterior
+
+K = 12
+CONFIGS = {
+    "pca": {"latent_size": K},
+    "vae-skip": {"latent_size": 5, "hidden": [16, 8]},
+    "vae-mlp": {"latent_size": 5, "hidden": [16, 8]},
+    "seed": {"latent_size": 5, "hidden": [16, 8]},
+}
+
+
+@pytest.fixture(params=CONFIGS)
+def config(request):
+    return {"name": request.param, "coefficient_size": K, **CONFIGS[request.param]}
+
+
+@pytest.fixture
+def codec(config):
+    torch.manual_seed(0)
+    return build_codec(config).eval()
+
+
+def test_every_registered_codec_is_tested():
+    assert set(CONFIGS) == set(CODECS)
+
+
+def test_shapes(codec, config):
+    posterior = codec.encode(torch.randn(3, K))
+    assert posterior.mean.shape == posterior.logvar.shape == (3, config["latent_size"])
+    assert codec.decode(posterior.mean).shape == (3, K)
+    assert torch.isfinite(posterior.kl()).all()
+
+
+def test_config_rebuilds_the_architecture(codec):
+    again = build_codec(codec.config)
+    again.load_state_dict(codec.state_dict(), strict=True)
+    c = torch.randn(2, K)
+    again.eval()
+    assert torch.equal(again.encode(c).mean, codec.encode(c).mean)
+    assert again.config == codec.config
+
+
+def test_rows_are_independent(codec):
+    c = torch.randn(4, K)
+    alone = torch.cat([codec.decode(codec.encode(row[None]).mean) for row in c])
+    assert torch.allclose(codec.decode(codec.encode(c).mean), alone, atol=1e-5)
+
+
+def test_gradients_reach_latents(codec, config):
+    z = torch.zeros(1, config["latent_size"], requires_grad=True)
+    with torch.no_grad():
+        for p in codec.parameters():
+            p.add_(0.01)
+    codec.decode(z).sum().backward()
+    assert torch.isfinite(z.grad).all() and z.grad.abs().sum() > 0
+
+
+def test_layers_come_from_operations(config):
+    class Operations:
+        made = 0
+
+        @classmethod
+        def Linear(cls, *args, **kwargs):
+            cls.made += 1
+            return nn.Linear(*args, **kwargs)
+
+    built = build_codec(config, operations=Operations)
+    assert sum(isinstance(m, nn.Linear) for m in built.modules()) == Operations.made
+
+
+def test_wrong_sizes_are_refused(codec):
+    with pytest.raises(ShapeError, match="K = 12"):
+        codec.encode(torch.zeros(2, K + 1))
+    with pytest.raises(ShapeError, match="d ="):
+        codec.decode(torch.zeros(codec.latent_size))
+
+
+def test_unknown_names_and_options_are_refused():
+    with pytest.raises(ConfigError, match="'gan'; this release has pca"):
+        build_codec({"name": "gan"})
+    with pytest.raises(ConfigError, match="depth"):
+        build_codec({"name": "vae-mlp", "coefficient_size": 4, "latent_size": 2, "depth": 3})
+    with pytest.raises(ConfigError, match="truncate"):
+        build_codec({"name": "pca", "coefficient_size": 4, "latent_size": 2})
+    with pytest.raises(ConfigError, match="d <= K"):
+        build_codec({"name": "vae-skip", "coefficient_size": 4, "latent_size": 5})
+
+
+def test_skip_starts_exactly_at_pca():
+    codec = build_codec({"name": "vae-skip", "coefficient_size": K, "latent_size": 5}).eval()
+    codec.adapt(torch.linspace(3, 0.1, K), torch.full((K,), 1 / K), 1e-3)
+    c = torch.randn(7, K)
+    posterior = codec.encode(c)
+    truncated = torch.cat([c[:, :5], torch.zeros(7, K - 5)], 1)
+    assert torch.equal(posterior.mean, c[:, :5])
+    assert torch.equal(codec.decode(posterior.mean), truncated)
+
+
+def test_skip_starts_at_the_best_variance_of_a_linear_codec():
+    """Against a grid: w v + beta / (2 d) (v - log v) for each unit."""
+    weight, beta, d = torch.tensor([0.6, 0.3, 0.05, 1e-5]), 2e-3, 3
+    codec = build_codec({"name": "vae-skip", "coefficient_size": 4, "latent_size": d})
+    codec.adapt(torch.ones(4), weight, beta)
+    v = torch.logspace(-6, 0.5, 20_001)[:, None]
+    cost = weight[:d] * v + beta / (2 * d) * (v - v.log())
+    best = v[cost.argmin(0)].flatten()
+    found = codec.encode(torch.zeros(1, 4)).logvar.exp().flatten()
+    assert torch.allclose(found, best, rtol=1e-2)
+
+
+def test_seed_has_the_keys_and_the_shape_of_the_published_checkpoints():
+    codec = build_codec({"name": "seed", "coefficient_size": 30, "latent_size": 8}).eval()
+    shapes = {k: tuple(t.shape) for k, t in codec.state_dict().items()}
+    weights = {k: s for k, s in shapes.items() if k.endswith("weight")}
+    assert weights == {
+        "encoder.0.0.weight": (2048, 30),
+        "encoder.1.0.weight": (1024, 2048),
+        "fc_mu.weight": (8, 1024),
+        "fc_var.weight": (8, 1024),
+        "decoder_input.weight": (1024, 8),
+        "decoder.0.0.weight": (2048, 1024),
+        "final_layer.0.weight": (30, 2048),
+    }
+    assert all(k.endswith(("weight", "bias")) for k in shapes)
+    assert codec.decode(100 * torch.randn(2, 8)).abs().max() <= 1.0
+    h = torch.randn(3, 30)
+    for layer in (0, 1):
+        linear = codec.encoder[layer][0]
+        h = nn.functional.leaky_relu(h @ linear.weight.T + linear.bias, 0.01)
+    torch.manual_seed(0)
+    assert codec.fc_mu(h).shape == (3, 8)
+
+
+def test_kl_against_torch():
+    p = Posterior(torch.randn(4, 3), torch.randn(4, 3))
+    normal = torch.distributions.Normal
+    expected = torch.distributions.kl_divergence(normal(p.mean, p.std), normal(0.0, 1.0))
+    assert torch.allclose(p.kl(), expected, atol=1e-6)
