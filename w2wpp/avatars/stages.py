@@ -1,0 +1,141 @@
+"""What the verbs of the miniature world do: read, run, write, and say what was written."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+import time
+from argparse import Namespace
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..training.dataset import VectorDataset, load_dataset
+from . import evaluation
+from . import spaces as avatar_spaces
+from .base import save_base
+from .commands import MODELS
+from .demo import run_demo
+from .dreambooth import DreamBooth
+from .embedder import save_embedder
+from .gate import gate_table, judge_world
+from .loras import LoraSet, build_loras
+from .studio import Studio, open_studio
+from .train_base import BaseTraining, launch_base
+from .train_embedder import EmbedderTraining, measure_embedder, train_embedder
+
+
+def demo(args: Namespace) -> dict[str, Any]:
+    return run_demo(args.output, models=MODELS, seed=args.seed, truncation=args.truncation)
+
+
+def base(args: Namespace) -> dict[str, Any]:
+    started, config = time.monotonic(), BaseTraining()
+    trained = launch_base(
+        config, processes=args.processes, checkpoint=args.work / "base.ckpt", callback=_log
+    )
+    save_base(trained, args.output, _provenance("base", asdict(config), started))
+    return {"written": str(args.output), "seconds": round(time.monotonic() - started)}
+
+
+def embedder(args: Namespace) -> dict[str, Any]:
+    started, config = time.monotonic(), EmbedderTraining()
+    trained = train_embedder(config, checkpoint=args.work / "embedder.ckpt", callback=_log)
+    figures = measure_embedder(trained)
+    provenance = _provenance("embedder", asdict(config), started)
+    save_embedder(trained, args.output, {**provenance, "figures": figures})
+    return {"written": str(args.output), **figures}
+
+
+def loras(args: Namespace) -> dict[str, Any]:
+    started, config = time.monotonic(), LoraSet(training=DreamBooth(conditions=args.conditions))
+    if args.people:
+        config = replace(config, people=args.people)
+    folder = _lora_folder(args, args.conditions)
+    dataset = build_loras(
+        MODELS / "avatar-base.safetensors", config, folder, workers=args.workers, callback=_log
+    )
+    return {
+        "written": str(folder / "dataset.safetensors"),
+        "people": len(dataset),
+        "parameters": dataset.layout.size,
+        "seconds": round(time.monotonic() - started),
+    }
+
+
+def gate(args: Namespace) -> dict[str, Any]:
+    result = judge_world(_studio(), _dataset(args), components=avatar_spaces.COMPONENTS)
+    result["hardware"] = _hardware()
+    _write_json(args.output, result)
+    _log(gate_table(result))
+    return result
+
+
+def spaces(args: Namespace) -> dict[str, Any]:
+    folder = args.output or args.work / "spaces"
+    written = avatar_spaces.train_spaces(_dataset(args), folder, callback=_log)
+    if args.ship:
+        written += avatar_spaces.ship(_dataset(args), folder, MODELS)
+    return {"written": [str(path) for path in written]}
+
+
+def evaluate(args: Namespace) -> dict[str, Any]:
+    protocol = evaluation.Protocol(
+        base=MODELS / "avatar-base.safetensors",
+        embedder=MODELS / "avatar-embedder.safetensors",
+        dataset=args.data,
+        people=args.people,
+        sampled=args.sampled,
+    )
+    started = time.monotonic()
+    rows = evaluation.evaluate_spaces(args.space, protocol, workers=args.workers, callback=_log)
+    result = {
+        "guidance": protocol.guidance,
+        "rows": rows,
+        "hardware": _hardware(),
+        "seconds": round(time.monotonic() - started),
+    }
+    _log(evaluation.table(rows))
+    if args.output:
+        _write_json(args.output, result)
+        args.output.with_suffix(".md").write_text(evaluation.table(rows) + "\n", encoding="utf-8")
+        evaluation.draw(args.space, protocol, args.output.with_suffix(""))
+    return result
+
+
+def _dataset(args: Namespace) -> VectorDataset:
+    return load_dataset(args.data or _lora_folder(args, "common") / "dataset.safetensors")
+
+
+def _lora_folder(args: Namespace, conditions: str) -> Path:
+    return Path(args.work) / f"loras-{conditions}"
+
+
+def _studio() -> Studio:
+    return open_studio(MODELS / "avatar-base.safetensors", MODELS / "avatar-embedder.safetensors")
+
+
+def _provenance(stage: str, config: dict[str, Any], started: float) -> dict[str, Any]:
+    return {
+        "made_by": f"w2wpp avatars {stage}",
+        "training": config,
+        "seconds": round(time.monotonic() - started),
+        "hardware": _hardware(),
+    }
+
+
+def _hardware() -> str:
+    return f"{os.cpu_count()} cores ({platform.machine()}), torch {torch.__version__}"
+
+
+def _write_json(path: Path, result: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+def _log(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

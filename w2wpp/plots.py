@@ -1,0 +1,64 @@
+"""Plots of an evaluation, as PNG. matplotlib is imported when a plot is drawn: it is an optional extra."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import ConfigError
+
+
+def plot_latents(latents: Mapping[str, Tensor], path: Path, *, dimensions: int = 4) -> None:
+    """Distribution of the first standardised latents [N, d] of each space, over N(0, 1)."""
+    plt = _pyplot()
+    figure, axes = plt.subplots(
+        len(latents),
+        dimensions,
+        figsize=(2.6 * dimensions, 1.9 * len(latents)),
+        squeeze=False,
+        sharex=True,
+    )
+    grid = torch.linspace(-4, 4, 200)
+    density = torch.exp(-(grid**2) / 2) / (2 * torch.pi) ** 0.5
+    for line, (name, z) in zip(axes, latents.items()):
+        for i, axis in enumerate(line):
+            axis.hist(z[:, i].numpy(), bins=40, range=(-4, 4), density=True, color="#4c78a8")
+            axis.plot(grid.numpy(), density.numpy(), color="#e45756", linewidth=1)
+            axis.set_yticks([])
+            axis.set_title(f"{name}, z{i}", fontsize=8)
+    _save(plt, figure, path)
+
+
+def plot_errors(errors: Mapping[str, Tensor], path: Path) -> None:
+    """Share of a LoRA's variance that its reconstruction misses, 1 - R2 [N], sorted, one curve per space."""
+    plt = _pyplot()
+    figure, axis = plt.subplots(figsize=(7, 4))
+    for name, values in errors.items():
+        axis.plot(values.sort().values.numpy(), label=name, linewidth=1.2)
+    axis.set_xlabel("held-out LoRAs, sorted")
+    axis.set_ylabel("1 - R2 in weight space")
+    axis.set_ylim(bottom=0)
+    axis.legend(fontsize=7, ncol=2)
+    _save(plt, figure, path)
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ConfigError("Plots need matplotlib: pip install 'w2wpp[avatars]'.") from error
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def _save(plt: Any, figure: Any, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
