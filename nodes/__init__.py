@@ -20,4 +20,5 @@ NODES: list[type[io.ComfyNode]] = [
 class W2WExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         host.register_folders()  # before the first schema lists the spaces
+        host.register_help()
         return NODES

@@ -20,10 +20,13 @@ import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from safetensors import SafetensorError, safe_open
 
+import nodes  # the host's, not this package
+
 from ..w2wpp import Layout
 from ..w2wpp.errors import FormatError, LayoutMismatch
 
-BUNDLED = Path(__file__).parent.parent / "models"
+PACK = Path(__file__).parent.parent
+BUNDLED = PACK / "models"
 CATEGORY = "w2wpp"  # the folder under the host's models/, and its name in extra_model_paths.yaml
 
 
@@ -38,6 +41,14 @@ def register_folders() -> None:
     known, _ = folder_paths.folder_names_and_paths.get(CATEGORY, ([], set()))
     folders = list(dict.fromkeys([*known, own, str(BUNDLED)]))
     folder_paths.folder_names_and_paths[CATEGORY] = (folders, {".safetensors"})
+
+
+def register_help() -> None:
+    """Serve the help pages where the front end looks: under the pack's folder name up to its first dot.
+
+    The host itself serves them under the whole name, which differs for a release unzipped as "w2wpp-0.1.0".
+    """
+    nodes.EXTENSION_WEB_DIRS.setdefault(PACK.name.partition(".")[0], str(PACK / "web"))
 
 
 def space_names() -> list[str]:

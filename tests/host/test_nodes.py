@@ -51,7 +51,8 @@ def test_every_input_and_output_explains_itself(object_info: dict, name: str) ->
 def test_help_page_is_served_and_names_every_input_and_output(
     host: Host, object_info: dict, name: str
 ) -> None:
-    page = host.get(f"/extensions/{PACK_FOLDER}/docs/{name}.md")
+    folder = object_info[name]["python_module"].split(".")[1]  # as the front end finds it
+    page = host.get(f"/extensions/{folder}/docs/{name}.md")
     assert page == (REPO / "web" / "docs" / f"{name}.md").read_bytes()
     info = object_info[name]
     for word in [*declared(info), *info["output_name"]]:
