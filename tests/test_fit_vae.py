@@ -1,0 +1,253 @@
+import dataclasses
+
+import pytest
+import torch
+
+from w2wpp import (
+    AffineBasis,
+    ConfigError,
+    DataError,
+    Posterior,
+    ShapeError,
+    load_space,
+    save_space,
+    transformer_layout,
+)
+from w2wpp.training.coefficients import Coefficients, project_dataset
+from w2wpp.training.config import VaeTraining, seed_training
+from w2wpp.training.dataset import VectorDataset
+from w2wpp.training.fit_basis import fit_basis
+from w2wpp.training.fit_vae import fit_vae, linear_space, prior_of
+from w2wpp.training.report import collapse_sentence, thinned
+
+SHORT = VaeTraining(latent=4, hidden=(16,), epochs=6, batch=16, validation=0.2)
+
+
+class Stop(Exception):
+    pass
+
+
+def weights(space):
+    return torch.cat([p.flatten() for p in space.codec.parameters()])
+
+
+@pytest.fixture(scope="module")
+def curved():
+    """600 vectors on a curved surface of 3 dimensions, for which a linear space needs 9."""
+    g = torch.Generator().manual_seed(0)
+    layout = transformer_layout("tiny", "avatar", [("block", 24)], context_dim=16)
+    u = torch.randn(600, 3, generator=g)
+    i, j = torch.triu_indices(3, 3)
+    features = torch.cat([1.5 * u, 0.5 * (u[:, i] * u[:, j] - (i == j).float())], 1)
+    w = features @ torch.randn(9, layout.size, generator=g) / 3
+    w = w + 0.2 * torch.randn(w.shape, generator=g)
+    data = VectorDataset(layout, w, torch.arange(600), torch.arange(600) % 5 == 0)
+    basis = fit_basis(data, 20)
+    return project_dataset(data, basis), basis
+
+
+def test_linear_space_is_pca(dataset, basis):
+    space = linear_space(dataset, basis, provenance={"name": "linear"})
+    w = dataset.vectors(dataset.training_rows)
+    z = space.encode(w).mean
+    assert torch.allclose(z, basis.project(w), atol=2e-3)
+    assert torch.allclose(z.std(0), torch.ones(basis.rank), atol=1e-4)
+    assert space.name == "linear"
+    scores = space.training_report["weight_r2"]
+    assert 0.5 < scores["heldout"] < scores["training"] < 1.0
+
+
+@pytest.mark.parametrize("codec", ["vae-skip", "vae-mlp"])
+def test_a_vae_finds_the_curve_that_pca_misses(curved, codec):
+    coefficients, basis = curved
+    settings = VaeTraining(codec=codec, latent=4, hidden=(64, 64), epochs=150, lr=4e-3, beta=5e-4)
+    report = fit_vae(coefficients, basis, settings).training_report
+    pca = {
+        k: linear_space(coefficients.truncated(k, basis.singular_values), basis.truncated(k))
+        for k in (4, 9)
+    }
+    r2 = {k: s.training_report["weight_r2"]["heldout"] for k, s in pca.items()}
+    found = report["weight_r2"]["heldout"]
+    assert found > r2[4] + 0.6 * (r2[9] - r2[4])
+    assert report["epochs"] <= 150 and report["active_units"] >= 3
+
+
+def test_skip_is_never_worse_than_pca_of_its_size(coefficients, basis):
+    """Even with a learning rate that ruins it: the start is a candidate of early stopping."""
+    settings = dataclasses.replace(SHORT, codec="vae-skip", lr=3.0)
+    report = fit_vae(coefficients, basis, settings).training_report
+    pca = linear_space(coefficients.truncated(4, basis.singular_values), basis.truncated(4))
+    assert report["best_epoch"] == 0
+    expected = pca.training_report["weight_r2"]["heldout"]
+    assert report["weight_r2"]["heldout"] == pytest.approx(expected, abs=1e-4)
+
+
+def test_latents_leave_with_unit_deviation(coefficients, basis, dataset):
+    space = fit_vae(coefficients, basis, SHORT)
+    posterior = space.encode(dataset.vectors(dataset.training_rows))
+    mean, std = prior_of(posterior)
+    assert torch.allclose(mean, torch.zeros(4), atol=1e-3)
+    assert torch.allclose(std, torch.ones(4), atol=1e-3)
+
+
+def test_prior_of_a_collapsed_unit_stays_one():
+    mean = torch.stack([torch.randn(5000) * 0.8, torch.zeros(5000)], 1)
+    logvar = torch.tensor([0.36, 1.0]).log().expand(5000, 2)
+    center, std = prior_of(Posterior(mean, logvar))
+    assert torch.allclose(std, torch.ones(2), atol=0.03) and center.abs().max() < 0.05
+
+
+def test_same_seed_same_bits_another_seed_another_space(coefficients, basis):
+    first, again = fit_vae(coefficients, basis, SHORT), fit_vae(coefficients, basis, SHORT)
+    other = fit_vae(coefficients, basis, dataclasses.replace(SHORT, seed=1))
+    assert first.fingerprint == again.fingerprint != other.fingerprint
+    assert first.provenance == again.provenance
+    given = torch.Generator().manual_seed(SHORT.seed)
+    assert fit_vae(coefficients, basis, SHORT, generator=given).fingerprint == first.fingerprint
+
+
+def test_training_does_not_touch_the_global_generator(coefficients, basis):
+    state = torch.get_rng_state()
+    fit_vae(coefficients, basis, dataclasses.replace(SHORT, epochs=1))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("patience", [0, 2])
+def test_resumed_run_equals_the_uninterrupted_one(
+    coefficients, basis, tmp_path, monkeypatch, patience
+):
+    monkeypatch.setattr("w2wpp.training.fit_vae.CHECKPOINT_EVERY", 2)
+    settings = dataclasses.replace(SHORT, codec="vae-mlp", patience=patience)
+    whole = fit_vae(coefficients, basis, settings)
+    path = tmp_path / "run"
+
+    def interrupt(progress):
+        if progress.epoch == 3:
+            raise Stop
+
+    with pytest.raises(Stop):
+        fit_vae(coefficients, basis, settings, callback=interrupt, checkpoint=path)
+    seen = []
+    resumed = fit_vae(coefficients, basis, settings, callback=seen.append, checkpoint=path)
+    assert seen[0].epoch == 3  # taken up after epoch 2
+    assert resumed.fingerprint == whole.fingerprint
+    assert resumed.training_report == whole.training_report
+    finished = fit_vae(coefficients, basis, settings, callback=seen.clear, checkpoint=path)
+    assert finished.fingerprint == whole.fingerprint and seen  # no epoch was run again
+
+
+def test_checkpoint_of_another_run_is_refused(coefficients, basis, tmp_path):
+    fit_vae(coefficients, basis, SHORT, checkpoint=tmp_path / "run")
+    for other in (dataclasses.replace(SHORT, beta=0.1), dataclasses.replace(SHORT, seed=3)):
+        with pytest.raises(ConfigError, match="other settings or data"):
+            fit_vae(coefficients, basis, other, checkpoint=tmp_path / "run")
+
+
+def test_early_stop_says_so_and_restores_the_best(coefficients, basis):
+    settings = dataclasses.replace(SHORT, codec="vae-skip", lr=3.0, epochs=50, patience=3)
+    report = fit_vae(coefficients, basis, settings).training_report
+    assert report["epochs"] == 3 and report["best_epoch"] == 0
+    assert report["stop_reason"] == "The validation persons did not improve for 3 epochs."
+
+
+def test_validation_holds_out_persons_and_never_the_test_set(coefficients, basis):
+    report = fit_vae(coefficients, basis, SHORT).training_report
+    # 24 training persons of two rows each, a fifth of them for validation
+    assert report["rows"] == {"training": 38, "validation": 10, "heldout": 12}
+    changed = coefficients.values.clone()
+    changed[coefficients.heldout] = 99.0
+    other = fit_vae(dataclasses.replace(coefficients, values=changed), basis, SHORT)
+    assert torch.equal(weights(other), weights(fit_vae(coefficients, basis, SHORT)))
+
+
+def test_heavy_kl_collapses_and_the_report_says_so(coefficients, basis):
+    heavy = VaeTraining(codec="vae-mlp", latent=4, hidden=(16,), epochs=60, beta=10.0, kl="off")
+    report = fit_vae(coefficients, basis, dataclasses.replace(heavy, lr=1e-2)).training_report
+    assert report["active_units"] == 0
+    assert report["collapse"].startswith("Posterior collapse: none of the 4 latent units")
+    assert max(report["kl_per_unit"]) < 0.05
+    free = dataclasses.replace(heavy, lr=1e-2, free_bits=0.5, patience=0, epochs=200)
+    kept = fit_vae(coefficients, basis, free).training_report
+    assert kept["kl_total"] > 4 * 0.3  # a KL below half a nat per unit costs nothing
+
+
+@pytest.mark.parametrize("kl", ["off", "linear", "cyclical", "sigmoid", "seed"])
+def test_every_schedule_trains(coefficients, basis, kl):
+    seen = []
+    fit_vae(coefficients, basis, dataclasses.replace(SHORT, kl=kl, warmup=3), callback=seen.append)
+    assert [p.epoch for p in seen] == [1, 2, 3, 4, 5, 6]
+    assert seen[0].beta == {"off": 1e-3, "sigmoid": pytest.approx(2.5e-6, rel=0.1)}.get(kl, 0)
+
+
+def test_seed_recipe_on_raw_vectors(dataset, tmp_path):
+    affine = AffineBasis(dataset.layout.size, scale=10.0)
+    recipe = seed_training(latent=4, hidden=(16, 8), epochs=3)
+    space = fit_vae(dataset, affine, recipe, provenance={"name": "as it was"})
+    save_space(space, tmp_path / "s")
+    read = load_space(tmp_path / "s")
+    assert read.codec.name == "seed" and read.basis.config() == affine.config()
+    assert space.decode(torch.randn(2, 4)).abs().max() <= 0.1  # tanh / 10
+    assert read.training_report["settings"]["kl"] == "seed"
+
+
+def test_report_travels_in_the_file(coefficients, basis, tmp_path):
+    space = fit_vae(coefficients, basis, SHORT, provenance={"name": "x", "licence": "Apache-2.0"})
+    save_space(space, tmp_path / "s")
+    read = load_space(tmp_path / "s")
+    assert read.provenance == space.provenance
+    report = read.training_report
+    assert report["settings"] == SHORT.to_json() and report["seed"] == 0
+    assert len(report["history"]) == 6 and len(report["kl_per_unit"]) == 4
+    assert read.name == "x" and read.licence == "Apache-2.0"
+
+
+def test_half_precision_loses_nothing_between_memory_and_file(coefficients, basis, tmp_path):
+    space = fit_vae(coefficients, basis, dataclasses.replace(SHORT, codec="vae-mlp"))
+    assert torch.equal(weights(space), weights(space).half().float())
+    z = torch.randn(3, 4)
+    save_space(space, tmp_path / "s")
+    assert torch.equal(load_space(tmp_path / "s").decode(z), space.decode(z))
+
+
+def test_bad_requests_are_refused(coefficients, basis):
+    for change in ({"latent": 0}, {"lr": 0.0}, {"validation": 1.0}, {"monitor": "luck"}, {"beta": -1}):
+        with pytest.raises(ConfigError):
+            VaeTraining(**change)
+    with pytest.raises(ConfigError, match="linear_space"):
+        fit_vae(coefficients, basis, dataclasses.replace(SHORT, codec="pca"))
+    with pytest.raises(ConfigError, match="d <= K"):
+        fit_vae(coefficients, basis, dataclasses.replace(SHORT, latent=13))
+    with pytest.raises(ShapeError, match="project the data set again"):
+        fit_vae(coefficients, basis.truncated(3), SHORT)
+    nan = dataclasses.replace(coefficients, values=coefficients.values * float("nan"))
+    with pytest.raises(DataError, match="NaN"):
+        fit_vae(nan, basis, SHORT)
+    with pytest.raises(DataError, match="holds no person"):
+        fit_vae(coefficients, basis, dataclasses.replace(SHORT, validation=1e-3))
+    with pytest.raises(DataError, match="diverged in epoch 1"):
+        fit_vae(coefficients, basis, dataclasses.replace(SHORT, codec="vae-mlp", lr=1e30))
+
+
+def test_coefficients_must_not_mix_persons(coefficients):
+    with pytest.raises(DataError, match="by identity"):
+        Coefficients(
+            coefficients.layout,
+            coefficients.values,
+            coefficients.outside,
+            coefficients.identity,
+            torch.arange(60) % 2 == 0,
+        )
+
+
+def test_history_is_thinned_evenly():
+    history = [{"epoch": i, "loss": i / 3} for i in range(1000)]
+    short = thinned(history, 100)
+    assert len(short) == 100 and (short[0]["epoch"], short[-1]["epoch"]) == (0, 999)
+    assert short[1]["loss"] == 3.33333
+    assert len(thinned(history[:7], 100)) == 7 and thinned([], 100) == []
+
+
+def test_collapse_sentences():
+    assert collapse_sentence(8, 8).startswith("No posterior collapse")
+    assert collapse_sentence(7, 8).startswith("Some latent units are unused: 7 of 8")
+    assert collapse_sentence(3, 8).startswith("Partial posterior collapse: 3 of 8")
