@@ -72,7 +72,7 @@ def test_signs_are_fixed(layout):
 
 def test_impossible_sizes_are_refused(layout):
     data = wide_or_tall(layout, 20)  # 15 training rows
-    with pytest.raises(ConfigError, match="15 training rows .* support 1 to 14 components. Got 15"):
+    with pytest.raises(ConfigError, match=r"15 training rows .* support 1 to 14 components. Got 15"):
         fit_basis(data, 15)
     with pytest.raises(ConfigError, match="'row'"):
         fit_basis(data, 2, standardise="row")

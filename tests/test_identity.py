@@ -103,7 +103,7 @@ def test_bad_requests_are_refused():
 def test_identities_of_two_spaces_do_not_mix(make_space):
     a, b = identity([1.0, 0.0]), identity([1.0, 0.0], space=ELSEWHERE)
     for mix in (lambda: interpolate(a, b, steps=2), lambda: concat([a, b])):
-        with pytest.raises(SpaceMismatch, match="aaaaaaaa.*bbbbbbbb"):
+        with pytest.raises(SpaceMismatch, match=r"aaaaaaaa.*bbbbbbbb"):
             mix()
     space, other = make_space("vae-skip"), make_space("vae-mlp")
     drawn = space.sample(1, generator=torch.Generator().manual_seed(0))

@@ -4,7 +4,15 @@ import pytest
 import safetensors.torch
 import torch
 
-from w2wpp import SD15, ConfigError, FormatError, LayoutMismatch, kohya_tensors, load_lora, save_lora
+from w2wpp import (
+    SD15,
+    ConfigError,
+    FormatError,
+    LayoutMismatch,
+    kohya_tensors,
+    load_lora,
+    save_lora,
+)
 from w2wpp.lorafile import dotted_name
 
 BLOCK = "down_blocks.1.attentions.0.transformer_blocks.0"
