@@ -175,6 +175,14 @@ def test_bad_files_are_refused(tmp_path, layout):
     for tensors, message in cases:
         with pytest.raises(FormatError, match=message):
             load_lora(save(tmp_path, tensors))
+    good = {f"{Q}.lora_A.weight": a, f"{Q}.lora_B.weight": b}
+    for stated in ("much", "nan", "0"):
+        with pytest.raises(FormatError, match="not a number"):
+            load_lora(save(tmp_path, good, {"lora_alpha": stated}))
+    stem = f"lora_unet_{Q.replace('.', '_')}"
+    kohya = {f"{stem}.lora_down.weight": a, f"{stem}.lora_up.weight": b, f"{stem}.alpha": torch.ones(2)}
+    with pytest.raises(FormatError, match="must be one number"):
+        load_lora(save(tmp_path, kohya))
     path = save(tmp_path, {f"{Q}.lora_A.weight": a, f"{Q}.lora_B.weight": b})
     with pytest.raises(LayoutMismatch, match=r"lora\.safetensors: .* lacks 7 of them"):
         load_lora(path).vector(layout)

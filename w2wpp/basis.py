@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .container import Container
-from .errors import ConfigError, ShapeError
+from .errors import ConfigError, FormatError, ShapeError
 
 ROWS = (
     512  # components turned to single precision at a time, which bounds the memory of a large basis
@@ -135,6 +135,8 @@ class Basis:
         if name not in self._tensors:
             assert self._reader is not None
             tensor = self._reader(name)
+            if name == "singular_values" and not bool((tensor > 0).all()):
+                raise FormatError("The singular values of this basis are not all positive.")
             self._tensors[name] = without_tiny(tensor) if name == "std" else tensor
         return self._tensors[name]
 

@@ -10,6 +10,7 @@ older      [unet.]<module>.processor.to_q_lora.down.weight | .up.weight, also
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -149,8 +150,8 @@ def load_lora(path: str | os.PathLike[str]) -> LoraFile:
     alphas = {}
     for module, (a, _) in lora.items():
         stored = alpha_keys.get(module)
-        alphas[module] = float(file.read(stored)) if stored else default or float(a.shape[0])
-    folded = float(file.metadata.get(FOLDED, "1"))
+        alphas[module] = _alpha(file, stored) if stored else default or float(a.shape[0])
+    folded = _stated_number(file, FOLDED) or 1.0
     if folded != 1.0:
         lora = {n: (a, b / folded) for n, (a, b) in lora.items()}
         alphas = {n: alpha * folded for n, alpha in alphas.items()}
@@ -194,8 +195,8 @@ def _pair(file: Container, module: str, keys: Mapping[bool, str]) -> tuple[Tenso
 
 def _stated_alpha(file: Container) -> float | None:
     """The alpha that the file's metadata or PEFT's configuration beside it names, for files without .alpha tensors."""
-    if "lora_alpha" in file.metadata:
-        return float(file.metadata["lora_alpha"])
+    if stated := _stated_number(file, "lora_alpha"):
+        return stated
     beside = file.path.parent / "adapter_config.json"
     if file.path.name != "adapter_model.safetensors" or not beside.is_file():
         return None
@@ -203,6 +204,23 @@ def _stated_alpha(file: Container) -> float | None:
         return float(json.loads(beside.read_text(encoding="utf-8"))["lora_alpha"])
     except (ValueError, KeyError, TypeError) as e:
         raise FormatError(f"{beside} does not state lora_alpha as a number.") from e
+
+
+def _alpha(file: Container, key: str) -> float:
+    tensor = file.read(key)
+    if tensor.numel() != 1:
+        raise FormatError(f"{file.path}: {key} must be one number. Got {list(tensor.shape)}.")
+    return float(tensor)
+
+
+def _stated_number(file: Container, key: str) -> float | None:
+    try:
+        number = float(file.metadata[key]) if key in file.metadata else None
+    except ValueError:
+        number = math.nan
+    if number is not None and not (math.isfinite(number) and number != 0):
+        raise FormatError(f"{file.path}: its metadata say {key} = {file.metadata[key]!r}, not a number.")
+    return number
 
 
 def _peft_tensors(lora: Mapping[str, tuple[Tensor, Tensor]], prefix: str) -> dict[str, Tensor]:
