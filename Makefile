@@ -2,7 +2,7 @@
 # make test   ruff, mypy and the tests
 #
 # Both use an environment of their own in .venv, made once and again only when pyproject.toml changes.
-# The CPU build of PyTorch suffices:  make test PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+# The CPU build of PyTorch suffices; PIP_ARGS="--extra-index-url ..." points pip at it where PyPI has a larger one.
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0

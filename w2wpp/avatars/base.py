@@ -57,7 +57,8 @@ class AvatarBase(nn.Module):
         super().__init__()
         self.config = config = config or AvatarConfig()
         width = 3 * config.fold**2
-        self.unet = UNet2DConditionModel(
+        # diffusers reaches its models through a lazy module, of which type checkers see nothing.
+        unet: Any = UNet2DConditionModel(
             sample_size=config.image_size // config.fold,
             in_channels=width,
             out_channels=width,
@@ -70,7 +71,8 @@ class AvatarBase(nn.Module):
             attention_head_dim=config.heads,
         )
         # Sequences of 64 and 4 tokens: plain products are 1.4 times as fast as the CPU's flash attention backward.
-        self.unet.set_attn_processor(AttnProcessor())
+        unet.set_attn_processor(AttnProcessor())
+        self.unet = unet
         self.tokens = nn.Embedding(sum(map(len, config.vocabulary)), config.context_dim)
         # A caption may describe the face, as captions of real photographs do: traits and which of them are told.
         self.describe = nn.Linear(2 * len(TRAITS), config.context_dim, bias=False)
@@ -152,6 +154,5 @@ def _config(file: Container) -> AvatarConfig:
         return tuple(map(freeze, value)) if isinstance(value, list) else value
 
     known = {field.name for field in fields(AvatarConfig)}
-    return AvatarConfig(
-        **{name: freeze(value) for name, value in file.config.items() if name in known}
-    )
+    values: dict[str, Any] = {k: freeze(v) for k, v in file.config.items() if k in known}
+    return AvatarConfig(**values)

@@ -43,9 +43,11 @@ def avatar_layout(
 
 
 @contextmanager
-def loras_applied(base: AvatarBase, layout: Layout, vectors: Tensor | None) -> Iterator[None]:
+def loras_applied(
+    base: AvatarBase, layout: Layout | None, vectors: Tensor | None
+) -> Iterator[None]:
     """Within the block, sample ``i`` of a batch is painted by LoRA ``i * N // B`` of ``vectors`` [N, P]."""
-    if vectors is None:
+    if vectors is None or layout is None:
         yield
         return
     scale = layout.scale

@@ -32,7 +32,7 @@ def register(verbs: Any) -> None:
     )
 
     loras = _stage(stages, "loras", "fine-tune a LoRA for every person")
-    loras.add_argument("--people", type=int, help="how many (default 1024, a fifth held out)")
+    loras.add_argument("--people", type=int, help="how many (default 1000, a fifth held out)")
     loras.add_argument("--conditions", choices=("common", "own"), default="common")
     loras.add_argument("--workers", type=int, default=2, help="single-threaded processes")
 
@@ -64,8 +64,10 @@ def _register_evaluate(verbs: Any) -> None:
     parser = verbs.add_parser("evaluate", help="score spaces of the miniature world")
     parser.add_argument("space", nargs="+", type=Path, metavar="SPACE")
     parser.add_argument("--data", type=Path, default=MODELS / "avatars-heldout.safetensors")
-    parser.add_argument("--people", type=int, default=0, help="held-out people to score, 0 for all")
-    parser.add_argument("--sampled", type=int, default=200, help="identities drawn from each space")
+    parser.add_argument(
+        "--people", type=int, default=100, help="held-out people to score, 0 for all"
+    )
+    parser.add_argument("--sampled", type=int, default=100, help="identities drawn from each space")
     parser.add_argument("--workers", type=int, default=1, help="single-threaded processes")
     parser.add_argument(
         "-o",

@@ -13,7 +13,6 @@ from ..lorafile import save_lora
 from ..metrics import consistency, likeness_between
 from ..spacefile import load_space
 from .base import word_indices
-from .painter import paint
 from .renderer import IMAGE_SIZE
 from .sheets import Strip, save_sheet, to_pil
 from .studio import Studio, open_studio
@@ -71,8 +70,7 @@ def run_demo(
     ]
     save_sheet(sheet, folder / "contact-sheet.png")
 
-    studio = Studio(studio.base, studio.embedder, scenes, studio.noise[: len(scenes)])
-    shots = studio.read(portraits)
+    shots = studio.read(portraits, scenes.repeat(PEOPLE, 1), PEOPLE)
     return {
         "folder": str(folder),
         "space": space.name,
@@ -88,13 +86,8 @@ def _paint(studio: Studio, layout: Any, vectors: Tensor, scenes: Tensor, seed: i
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(len(scenes), 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator)
     people = len(vectors)
-    return paint(
-        studio.base,
-        scenes.repeat(people, 1),
-        noise.repeat(people, 1, 1, 1),
-        layout=layout,
-        vectors=vectors,
-    )
+    words, noises = scenes.repeat(people, 1), noise.repeat(people, 1, 1, 1)
+    return studio.paint(words, noises, vectors, layout)
 
 
 def _across(pictures: Tensor, people: int) -> Tensor:

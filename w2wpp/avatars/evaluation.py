@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -50,10 +50,10 @@ class Protocol:
     base: Path
     embedder: Path
     dataset: Path
-    people: int = 0  # held-out people, 0 for all
+    people: int = 100  # held-out people, 0 for all
     pictures: int = 4  # of each
-    sampled: int = 200  # identities drawn from each space
-    paths: int = 24  # interpolated pairs of sampled identities
+    sampled: int = 100  # identities drawn from each space
+    paths: int = 12  # interpolated pairs of sampled identities
     path_steps: int = 9
     truncation: float = 1.0
     guidance: float = GUIDANCE
@@ -77,48 +77,41 @@ def evaluate_spaces(
     callback: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Row]:
     """A row for each space, after the rows that need no space: own LoRA, another's, the mean LoRA."""
-    rows: dict[str, Row] = {}
-    if workers == 1:
-        rows.update(reference_rows(protocol))
-        callback("reference rows done")
-        for path in spaces:
-            rows[_row_name(path)] = judge_space(path, protocol)
-            callback(f"{path.name} done")
-        return rows
     with ProcessPoolExecutor(
         workers, get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
     ) as pool:
-        reference = pool.submit(reference_rows, protocol)
-        jobs = {_row_name(path): pool.submit(judge_space, path, protocol) for path in spaces}
-        rows.update(reference.result())
+        rows, real = pool.submit(reference_rows, protocol).result()
         callback("reference rows done")
+        jobs = {_row_name(path): pool.submit(judge_space, path, protocol, real) for path in spaces}
         for name, job in jobs.items():
             rows[name] = job.result()
             callback(f"{name} done")
     return rows
 
 
-def reference_rows(protocol: Protocol) -> dict[str, Row]:
-    """What real LoRAs of held-out people reach, and what nobody's LoRA does."""
+def reference_rows(protocol: Protocol) -> tuple[dict[str, Row], Tensor]:
+    """What real LoRAs of held-out people reach and what nobody's does; and their traits [N, 20]."""
     dataset, studio = load_dataset(protocol.dataset), protocol.studio()
     held, identity = _heldout(dataset, protocol)
     own = studio.photograph(held, dataset.layout)
     mean = _training_mean(dataset)
     middle = studio.photograph(mean.expand(len(held), -1), dataset.layout)
     known = _known_faces(dataset)
-    return {
+    real = own.traits.mean(1)
+    rows = {
         "own LoRA": {
             **_faces_row(own, identity),
-            **_population_row(own, own, known),
+            **_population_row(own, real, known),
             "weight_r2": _json(torch.ones(len(held))),
         },
         "another's LoRA": {"id_score": _json(id_scores(own.embeddings, identity.roll(1, 0)))},
         "mean LoRA": {**_faces_row(middle, identity), "weight_r2": _json(torch.zeros(len(held)))},
     }
+    return rows, real
 
 
-def judge_space(path: Path, protocol: Protocol) -> Row:
-    """Everything that is measured of one space."""
+def judge_space(path: Path, protocol: Protocol, real: Tensor) -> Row:
+    """Everything that is measured of one space; ``real`` [N, 20] are traits of real LoRAs."""
     space, dataset, studio = load_space(path), load_dataset(protocol.dataset), protocol.studio()
     if space.layout != dataset.layout:
         raise LayoutMismatch(
@@ -137,12 +130,11 @@ def judge_space(path: Path, protocol: Protocol) -> Row:
         )
         imagined = studio.photograph(drawn.vectors(space), space.layout)
         rebuilt = studio.photograph(reconstruction, space.layout)
-    own = studio.photograph(held, space.layout)
     return {
         "latent": space.latent_size,
         "weight_r2": _json(explained_variance(held, reconstruction, mean)),
         **_faces_row(rebuilt, identity),
-        **_population_row(imagined, own, _known_faces(dataset)),
+        **_population_row(imagined, real, _known_faces(dataset)),
         **_paths_row(space, drawn, studio, protocol),
     }
 
@@ -176,12 +168,12 @@ def _faces_row(shots: Shots, identity: Tensor) -> Row:
     }
 
 
-def _population_row(shots: Shots, real: Shots, known: Tensor) -> Row:
+def _population_row(shots: Shots, real: Tensor, known: Tensor) -> Row:
     """Sampled identities as a crowd: like themselves, unlike each other, spread as real ones are, none copied."""
     return {
         "consistency": _json(consistency(shots.embeddings)),
         "diversity": _json(1 - likeness_between(shots.embeddings)),
-        "frechet": frechet_distance(shots.traits.mean(1), real.traits.mean(1)),
+        "frechet": frechet_distance(shots.traits.mean(1), real),
         "nearest_training": _json(nearest_cosine(shots.faces, known)),
     }
 
@@ -195,7 +187,7 @@ def _paths_row(space: Space, drawn: identities.Identity, studio: Studio, protoco
         for i in range(min(protocol.paths, len(drawn) // 2))
     ]
     with torch.no_grad():
-        shots = studio.photograph(torch.cat(paths), space.layout)
+        shots = studio.photograph(torch.cat(paths), space.layout, same=True)
     likeness = consistency(shots.embeddings).unflatten(0, (len(paths), -1))  # [paths, steps]
     faces = shots.traits.mean(1).unflatten(0, (len(paths), -1))
     ends = (likeness[:, 0] + likeness[:, -1]) / 2
@@ -241,7 +233,10 @@ def draw(spaces: list[Path], protocol: Protocol, folder: Path) -> list[Path]:
     dataset, studio = load_dataset(protocol.dataset), protocol.studio()
     held, _ = _heldout(dataset, protocol)
     mean = _training_mean(dataset)
-    latents, errors, samples, walks = {}, {}, [], []
+    latents: dict[str, Tensor] = {}
+    errors: dict[str, Tensor] = {}
+    samples: list[Strip] = []
+    walks: list[Strip] = []
     for path in spaces:
         space, name = load_space(path), _row_name(path)
         with torch.no_grad():
@@ -249,9 +244,10 @@ def draw(spaces: list[Path], protocol: Protocol, folder: Path) -> list[Path]:
             errors[name] = 1 - explained_variance(held, space.decode(latents[name]), mean)
             drawn = space.sample(SHEET, generator=torch.Generator().manual_seed(protocol.seed))
             walk = identities.interpolate(drawn[0], drawn[1], steps=SHEET)
-            one = replace(studio, words=studio.words[:1], noise=studio.noise[:1])
-            samples.append(Strip(name, one.paint(drawn.vectors(space), space.layout), SHEET))
-            walks.append(Strip(name, one.paint(walk.vectors(space), space.layout), SHEET))
+            words, noise = (part[:1].repeat_interleave(SHEET, 0) for part in studio.scenes(1))
+            for strips, people in ((samples, drawn), (walks, walk)):
+                faces = studio.paint(words, noise, people.vectors(space), space.layout)
+                strips.append(Strip(name, faces, SHEET))
     written = [folder / f"{name}.png" for name in ("latents", "errors", "samples", "walks")]
     plot_latents(latents, written[0])
     plot_errors(errors, written[1])

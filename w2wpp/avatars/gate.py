@@ -36,7 +36,7 @@ def judge_world(
     assert dataset.labels is not None
     identity, vectors = dataset.labels[held], dataset.vectors(held)
     own = studio.photograph(vectors, layout)
-    none = studio.read(studio.paint(None, None, people=obedience_pictures))
+    none = studio.photograph_nobody(obedience_pictures)
 
     basis = fit_basis(dataset, components)
     reconstruction = basis.lift(basis.project(vectors))

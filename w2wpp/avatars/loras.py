@@ -30,10 +30,10 @@ FORMAT = "w2wpp.avatar_loras"
 class LoraSet:
     """Who is fine-tuned, and how."""
 
-    people: int = 1024
+    people: int = 1000
     heldout: float = 0.2  # share of the people that no space may learn from; the last ones
     seed: int = 4
-    pilot: int = 64  # further people, whose mean LoRA is where all others start
+    pilot: int = 32  # further people, whose mean LoRA is where all others start
     group: int = 16  # people trained together
     targets: tuple[str, ...] = TARGETS
     rank: int = 1

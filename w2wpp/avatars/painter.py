@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from diffusers import DPMSolverMultistepScheduler
 from torch import Tensor
@@ -52,7 +54,7 @@ def _paint(
     steps: int,
 ) -> Tensor:
     schedule = base.config.schedule
-    scheduler = DPMSolverMultistepScheduler(
+    scheduler: Any = DPMSolverMultistepScheduler(
         num_train_timesteps=schedule["steps"],
         beta_start=schedule["beta_start"],
         beta_end=schedule["beta_end"],
@@ -68,11 +70,7 @@ def _paint(
         for timestep in scheduler.timesteps:
             times = timestep.expand(len(words))
             # Two passes instead of one joint batch keep the rows ordered by LoRA.
-            with (
-                loras_applied(base, layout, vectors)
-                if layout is not None
-                else loras_applied(base, None, None)
-            ):
+            with loras_applied(base, layout, vectors):
                 output = base(picture, times, positive).float()
                 if guidance != 1:
                     empty = base(picture, times, negative).float()

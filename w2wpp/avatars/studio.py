@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -41,27 +42,42 @@ class Shots:
 
 @dataclass(frozen=True)
 class Studio:
-    """A base, an embedder and M prompts with their noise, the same for everyone who is photographed."""
+    """A base, an embedder, and M scenes (a prompt and its noise) for each identity.
+
+    The scenes of the i-th identity are the same in every studio of this seed, so that LoRAs of one person that
+    came by different ways are compared under the same conditions.
+    """
 
     base: AvatarBase
     embedder: AvatarEmbedder
-    words: Tensor  # [M, 3]
-    noise: Tensor  # [M, 3, H, W]
+    pictures: int = 4  # M
+    seed: int = 77
     guidance: float = GUIDANCE
     steps: int = STEPS
 
-    def photograph(self, vectors: Tensor, layout: Layout) -> Shots:
+    def scenes(self, count: int, *, same: bool = False) -> tuple[Tensor, Tensor]:
+        """Words [count * M, 3] and noise [count * M, 3, H, W]; with ``same``, everyone's are the first one's."""
+        drawn = [self._scene(0 if same else i) for i in range(count)]
+        return torch.cat([words for words, _ in drawn]), torch.cat([noise for _, noise in drawn])
+
+    def photograph(self, vectors: Tensor, layout: Layout, *, same: bool = False) -> Shots:
         """M pictures of each LoRA [N, P]."""
-        return self.read(self.paint(vectors, layout))
+        words, noise = self.scenes(len(vectors), same=same)
+        return self.read(self.paint(words, noise, vectors, layout), words, len(vectors))
+
+    def photograph_nobody(self, count: int) -> Shots:
+        """M pictures without a LoRA, ``count`` times."""
+        words, noise = self.scenes(count)
+        return self.read(self.paint(words, noise), words, count)
 
     def paint(
-        self, vectors: Tensor | None, layout: Layout | None, people: int | None = None
+        self,
+        words: Tensor,
+        noise: Tensor,
+        vectors: Tensor | None = None,
+        layout: Layout | None = None,
     ) -> Tensor:
-        """Pictures [N * M, 3, H, W]; without vectors, the plain base ``people`` times (with noise of its own)."""
-        count = len(vectors) if vectors is not None else people or 1
-        words, noise = self.words.repeat(count, 1), self.noise.repeat(count, 1, 1, 1)
-        if vectors is None:
-            noise = torch.randn(noise.shape, generator=torch.Generator().manual_seed(count))
+        """Pictures [N * M, 3, H, W] of words [N * M, 3] with the LoRAs [N, P]."""
         return paint(
             self.base,
             words,
@@ -73,32 +89,25 @@ class Studio:
         )
 
     @torch.no_grad()
-    def read(self, pictures: Tensor) -> Shots:
-        """Read pictures [N * M, 3, H, W] that follow the studio's prompts."""
+    def read(self, pictures: Tensor, words: Tensor, count: int) -> Shots:
+        """Read pictures [N * M, 3, H, W] that were asked to follow words [N * M, 3]; N is ``count``."""
         parts = [self.embedder.read(part) for part in pictures.split(256)]
-        count = len(pictures) // len(self.words)
-        traits, pose = (
-            torch.cat([part[i] for part in parts]).unflatten(0, (count, -1)) for i in (0, 2)
-        )
-        answers = [torch.cat([part[1][slot].argmax(1) for part in parts]) for slot in range(3)]
-        obeyed = torch.stack(answers, dim=1).unflatten(0, (count, -1)) == self.words
-        return Shots(traits, obeyed, pose)
+        answers = [
+            torch.cat([logits[slot].argmax(1) for _, logits, _ in parts]) for slot in range(3)
+        ]
+        obeyed = torch.stack(answers, dim=1) == words
+        traits = torch.cat([traits for traits, _, _ in parts])
+        pose = torch.cat([pose for _, _, pose in parts])
+        return Shots(*(part.unflatten(0, (count, -1)) for part in (traits, obeyed, pose)))
+
+    def _scene(self, index: int) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(self.seed * 100_003 + index)
+        sizes = (len(BACKGROUNDS), len(SMILES), len(LIGHTS))
+        drawn = [torch.randint(size, (self.pictures,), generator=generator) for size in sizes]
+        shape = (self.pictures, 3, IMAGE_SIZE, IMAGE_SIZE)
+        return torch.stack(drawn, dim=1), torch.randn(shape, generator=generator)
 
 
-def open_studio(
-    base_path: Path,
-    embedder_path: Path,
-    *,
-    pictures: int = 4,
-    seed: int = 77,
-    guidance: float = GUIDANCE,
-    steps: int = STEPS,
-) -> Studio:
-    """A studio with ``pictures`` random prompts."""
-    generator = torch.Generator().manual_seed(seed)
-    sizes = (len(BACKGROUNDS), len(SMILES), len(LIGHTS))
-    words = torch.stack(
-        [torch.randint(size, (pictures,), generator=generator) for size in sizes], dim=1
-    )
-    noise = torch.randn(pictures, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator)
-    return Studio(load_base(base_path), load_embedder(embedder_path), words, noise, guidance, steps)
+def open_studio(base: Path, embedder: Path, **options: Any) -> Studio:
+    """A studio with the models of two files; ``options`` are fields of ``Studio``."""
+    return Studio(load_base(base), load_embedder(embedder), **options)

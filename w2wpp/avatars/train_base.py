@@ -19,7 +19,7 @@ import torch.multiprocessing as multiprocessing
 from torch import Tensor
 
 from .base import AvatarBase
-from .checkpoint import load_run, save_run
+from .checkpoint import State, load_run, save_run
 from .renderer import EXPRESSION, TRAITS, Nuisance, render, sample_identities, sample_nuisance
 
 
@@ -100,7 +100,12 @@ def train_base(
     averaged.load_state_dict(model.state_dict())
     averaged.requires_grad_(False).eval()
     optimiser = torch.optim.AdamW(model.parameters(), weight_decay=0.01, fused=True)
-    state = {"model": model, "averaged": averaged, "optimiser": optimiser, "generator": generator}
+    state: State = {
+        "model": model,
+        "averaged": averaged,
+        "optimiser": optimiser,
+        "generator": generator,
+    }
     settings = asdict(config)
     step = load_run(checkpoint, state, config=settings)
     started, recent, first = time.monotonic(), 0.0, 0

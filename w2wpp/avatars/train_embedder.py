@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .checkpoint import load_run, save_run
+from .checkpoint import State, load_run, save_run
 from .embedder import AvatarEmbedder
 from .renderer import render, sample_identities, sample_nuisance
 
@@ -43,7 +43,7 @@ def train_embedder(
     pictures = render(identity, nuisance).mul(127).round().to(torch.int8)
     model = AvatarEmbedder()
     optimiser = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=0.02)
-    state = {"model": model, "optimiser": optimiser, "generator": generator}
+    state: State = {"model": model, "optimiser": optimiser, "generator": generator}
     step = load_run(checkpoint, state, config=asdict(config))
     while step < config.steps:
         warm = min(1.0, (step + 1) / 100)

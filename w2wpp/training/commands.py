@@ -21,10 +21,16 @@ from ..errors import ConfigError, DataError, FormatError
 from ..layout import SD15, Layout
 from ..lorafile import load_lora
 from ..spacefile import save_space
-from .coefficients import Coefficients, load_coefficients, project_dataset, save_coefficients
+from .coefficients import (
+    Coefficients,
+    load_coefficients,
+    project_dataset,
+    project_unseen,
+    save_coefficients,
+)
 from .config import VaeTraining, seed_training
 from .dataset import holdout_by_identity, load_dataset, write_dataset
-from .fit_basis import STANDARDISE, fit_basis
+from .fit_basis import STANDARDISE
 from .fit_vae import Progress, fit_vae, linear_space
 from .schedules import SCHEDULES
 
@@ -66,6 +72,12 @@ def register(verbs: Any) -> None:
     p.add_argument("data", metavar="DATA")
     p.add_argument("--components", type=int, required=True)
     p.add_argument("--standardise", choices=STANDARDISE, default="parameter")
+    p.add_argument(
+        "--validation",
+        type=float,
+        default=VaeTraining.validation,
+        help="share of the training persons kept out of it for early stopping, 0 for none",
+    )
     p.add_argument("-o", "--output", required=True, metavar="BASIS")
     p.set_defaults(run=basis)
 
@@ -118,8 +130,9 @@ def dataset(args: argparse.Namespace) -> dict[str, Any]:
 
 def basis(args: argparse.Namespace) -> dict[str, Any]:
     data = load_dataset(args.data)
-    fitted = fit_basis(data, args.components, standardise=args.standardise)
-    coefficients = project_dataset(data, fitted)
+    coefficients, fitted = project_unseen(
+        data, args.components, args.validation, standardise=args.standardise
+    )
     save_coefficients(args.output, coefficients, fitted)
     r2 = linear_space(coefficients, fitted).training_report["weight_r2"]
     sizes = {"rows": len(data), "parameters": fitted.size, "components": fitted.rank}

@@ -313,7 +313,10 @@ def _splits(
     """Row numbers of training, validation and held-out persons."""
     rows = torch.nonzero(~data.heldout).flatten()
     generator = generator or torch.Generator()
-    chosen = holdout_by_identity(data.identity[rows], validation, generator=generator)
+    if data.unseen is not None and validation:
+        chosen = data.unseen[rows]
+    else:
+        chosen = holdout_by_identity(data.identity[rows], validation, generator=generator)
     if validation and not bool(chosen.any()):
         raise DataError(
             f"A validation share of {validation} holds no person; use more, or 0 for none."
