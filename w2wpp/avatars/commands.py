@@ -49,6 +49,8 @@ def register(verbs: Any) -> None:
         "--ship", action="store_true", help="also write the shipped ones to models/"
     )
 
+    _stage(stages, "list", "write models/README.md: sizes and checksums of what ships")
+
 
 def _register_demo(verbs: Any) -> None:
     parser = verbs.add_parser("demo", help="sample, interpolate, export and paint with what ships")
@@ -97,7 +99,7 @@ def _later(name: str) -> Callable[[argparse.Namespace], dict[str, Any]]:
     def run(args: argparse.Namespace) -> dict[str, Any]:
         from . import stages
 
-        result: dict[str, Any] = getattr(stages, name)(args)
+        result: dict[str, Any] = getattr(stages, f"run_{name}")(args)
         return result
 
     return run

@@ -24,7 +24,7 @@ SCENES = (
 )  # fmt: skip
 
 
-def run_demo(
+def make_demo(
     folder: Path, *, models: Path, seed: int = 7, truncation: float = 0.9
 ) -> dict[str, Any]:
     """Write pictures, identities, LoRAs and a contact sheet into ``folder``; returns what was made and measured."""

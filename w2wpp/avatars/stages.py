@@ -15,11 +15,11 @@ from typing import Any
 import torch
 
 from ..training.dataset import VectorDataset, load_dataset
-from . import evaluation
-from . import spaces as avatar_spaces
+from . import evaluation, spaces
 from .base import save_base
+from .catalogue import catalogue
 from .commands import MODELS
-from .demo import run_demo
+from .demo import make_demo
 from .dreambooth import DreamBooth
 from .embedder import save_embedder
 from .gate import gate_table, judge_world
@@ -29,11 +29,11 @@ from .train_base import BaseTraining, launch_base
 from .train_embedder import EmbedderTraining, measure_embedder, train_embedder
 
 
-def demo(args: Namespace) -> dict[str, Any]:
-    return run_demo(args.output, models=MODELS, seed=args.seed, truncation=args.truncation)
+def run_demo(args: Namespace) -> dict[str, Any]:
+    return make_demo(args.output, models=MODELS, seed=args.seed, truncation=args.truncation)
 
 
-def base(args: Namespace) -> dict[str, Any]:
+def run_base(args: Namespace) -> dict[str, Any]:
     started, config = time.monotonic(), BaseTraining()
     trained = launch_base(
         config, processes=args.processes, checkpoint=args.work / "base.ckpt", callback=_log
@@ -42,7 +42,7 @@ def base(args: Namespace) -> dict[str, Any]:
     return {"written": str(args.output), "seconds": round(time.monotonic() - started)}
 
 
-def embedder(args: Namespace) -> dict[str, Any]:
+def run_embedder(args: Namespace) -> dict[str, Any]:
     started, config = time.monotonic(), EmbedderTraining()
     trained = train_embedder(config, checkpoint=args.work / "embedder.ckpt", callback=_log)
     figures = measure_embedder(trained)
@@ -51,7 +51,7 @@ def embedder(args: Namespace) -> dict[str, Any]:
     return {"written": str(args.output), **figures}
 
 
-def loras(args: Namespace) -> dict[str, Any]:
+def run_loras(args: Namespace) -> dict[str, Any]:
     started, config = time.monotonic(), LoraSet(training=DreamBooth(conditions=args.conditions))
     if args.people:
         config = replace(config, people=args.people)
@@ -67,23 +67,23 @@ def loras(args: Namespace) -> dict[str, Any]:
     }
 
 
-def gate(args: Namespace) -> dict[str, Any]:
-    result = judge_world(_studio(), _dataset(args), components=avatar_spaces.COMPONENTS)
+def run_gate(args: Namespace) -> dict[str, Any]:
+    result = judge_world(_studio(), _dataset(args), components=spaces.COMPONENTS)
     result["hardware"] = _hardware()
     _write_json(args.output, result)
     _log(gate_table(result))
     return result
 
 
-def spaces(args: Namespace) -> dict[str, Any]:
+def run_spaces(args: Namespace) -> dict[str, Any]:
     folder = args.output or args.work / "spaces"
-    written = avatar_spaces.train_spaces(_dataset(args), folder, callback=_log)
+    written = spaces.train_spaces(_dataset(args), folder, callback=_log)
     if args.ship:
-        written += avatar_spaces.ship(_dataset(args), folder, MODELS)
+        written += spaces.ship(_dataset(args), folder, MODELS)
     return {"written": [str(path) for path in written]}
 
 
-def evaluate(args: Namespace) -> dict[str, Any]:
+def run_evaluate(args: Namespace) -> dict[str, Any]:
     protocol = evaluation.Protocol(
         base=MODELS / "avatar-base.safetensors",
         embedder=MODELS / "avatar-embedder.safetensors",
@@ -105,6 +105,12 @@ def evaluate(args: Namespace) -> dict[str, Any]:
         args.output.with_suffix(".md").write_text(evaluation.table(rows) + "\n", encoding="utf-8")
         evaluation.draw(args.space, protocol, args.output.with_suffix(""))
     return result
+
+
+def run_list(args: Namespace) -> dict[str, Any]:
+    path = MODELS / "README.md"
+    path.write_text(catalogue(MODELS), encoding="utf-8")
+    return {"written": str(path)}
 
 
 def _dataset(args: Namespace) -> VectorDataset:

@@ -91,6 +91,22 @@ def project_unseen(
     return replace(project_dataset(dataset, basis), unseen=unseen), basis
 
 
+def components_among(c: Tensor, singular_values: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """Principal components of some rows only, found within the coefficients of all.
+
+    c [n, K] and chosen [n] bool -> coefficients [n, K'] whitened on the chosen rows, and their
+    singular values [K']. For the other rows they are what a basis would give that never saw them.
+    """
+    x = (c * singular_values).double()
+    mean = x[chosen].mean(0)
+    _, s, v = torch.linalg.svd(
+        (x[chosen] - mean) / (int(chosen.sum()) - 1) ** 0.5, full_matrices=False
+    )
+    keep = s > 1e-3 * s[0]
+    whitened = (x - mean) @ v[keep].T / s[keep]
+    return whitened.float(), s[keep].float()
+
+
 def weight_r2(
     c: Tensor,
     reconstruction: Tensor,

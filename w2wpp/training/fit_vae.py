@@ -1,43 +1,34 @@
-"""Training of the VAE codecs on whitened coefficients, and the linear space beside them."""
+"""Training of the VAE codecs on whitened coefficients, and the linear space beside them.
+
+How many epochs are good is found on persons held back for validation. The basis was made from
+these persons too, and a basis fits its own rows far better than anybody else's: judged on them,
+no codec would ever beat it. So the search runs in principal components found again among the
+other persons, and then all of them train the codec for as many epochs.
+"""
 
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..basis import AnyBasis
+from ..basis import AnyBasis, Basis
 from ..codecs import Codec, Posterior, build_codec
-from ..errors import ConfigError, DataError, ShapeError
+from ..errors import DataError, ShapeError
 from ..space import Space
 from .checkpoint import load_checkpoint, save_checkpoint
-from .coefficients import Coefficients, project_dataset
+from .coefficients import Coefficients, components_among, project_dataset
 from .config import VaeTraining
 from .dataset import VectorDataset, holdout_by_identity
 from .report import latent_report, reconstruction_report, thinned
-from .schedules import kl_schedule
+from .run import Progress, Run
 
 CHECKPOINT_EVERY = 25  # epochs
-
-
-@dataclass(frozen=True)
-class Progress:
-    """What a callback gets after every epoch."""
-
-    epoch: int  # finished so far
-    epochs: int
-    loss: float
-    reconstruction: float
-    kl: float  # sum over units, nats
-    beta: float
-    monitored: float  # of the validation rows, or of the training rows without any
-    best: float
+Callback = Callable[[Progress], object]
 
 
 def fit_vae(
@@ -46,31 +37,32 @@ def fit_vae(
     training: VaeTraining | None = None,
     *,
     generator: torch.Generator | None = None,
-    callback: Callable[[Progress], object] | None = None,
+    callback: Callback | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     provenance: Mapping[str, Any] | None = None,
 ) -> Space:
-    """Train a codec on the training rows and return the space with its report
-    (provenance["training_report"]).
+    """Train a codec on the training rows; its report is provenance["training_report"].
 
     All randomness comes from the generator (by default one seeded with training.seed). With a
-    checkpoint path the run is saved there now and then, and taken up again if the file exists; the
-    result is the same as without the break.
+    checkpoint path the run is saved there now and then, and taken up again if the file exists;
+    the result is the same as without the break.
     """
     training = training or VaeTraining()
     coefficients = _coefficients(data, basis)
-    run = _Run(coefficients, basis.singular_values, training, generator)
-    digest = _digest(coefficients, training, run.generator)
-    if checkpoint is not None and os.path.exists(checkpoint):
-        run.load(load_checkpoint(checkpoint, digest))
-    while not run.stop_reason:
-        progress = run.epoch_forward()
-        if checkpoint is not None and (run.stop_reason or run.epoch % CHECKPOINT_EVERY == 0):
-            save_checkpoint(checkpoint, digest, *run.state())
-        if callback is not None:
-            callback(progress)
+    generator = generator or torch.Generator().manual_seed(training.seed)
+    seed = int(torch.randint(2**62, (), generator=generator))
+    saved = _Checkpoint(checkpoint, _digest(coefficients, training, seed))
+    rows = torch.nonzero(~coefficients.heldout).flatten()
+    found = saved.search
+    if training.validation and not found:
+        found = _search(coefficients, basis, training, rows, seed, generator, saved, callback)
+    epochs = found.get("best_epoch", training.epochs)
+    c = coefficients.values[rows]
+    run = Run("final", training, c, basis.singular_values, seed=seed, epochs=epochs)
+    _drive(run, saved, callback, found)
     codec = run.finish()
-    return _space(codec, coefficients, basis, provenance, run.report())
+    report = {**_vae_report(codec, coefficients, basis, run), "early_stopping": found}
+    return _space(codec, coefficients, basis, provenance, report)
 
 
 def linear_space(
@@ -100,201 +92,6 @@ def prior_of(posterior: Posterior) -> tuple[Tensor, Tensor]:
     return posterior.mean.double().mean(0).float(), variance.sqrt().float()
 
 
-class _Run:
-    """The state of one training: everything that changes, and how it moves one epoch ahead."""
-
-    def __init__(
-        self,
-        data: Coefficients,
-        singular_values: Tensor,
-        training: VaeTraining,
-        generator: torch.Generator | None,
-    ) -> None:
-        self.training, self.data, self.singular_values = training, data, singular_values
-        self.generator = generator or torch.Generator().manual_seed(training.seed)
-        self.splits = _splits(data, training.validation, self.generator)
-        self.c = data.values[self.splits["training"]]  # [n, K]
-        self.held = data.values[self.splits["validation"]]
-        if len(self.c) < 2:
-            raise DataError(f"A VAE needs at least two training rows. Got {len(self.c)}.")
-        self._weigh_reconstruction()
-        self.codec = self._build_codec()
-        self.schedule = kl_schedule(
-            training.kl, beta=training.beta, warmup=training.warmup, epochs=training.epochs
-        )
-        self.final_beta = self.schedule(training.epochs)
-        decayed = [p for p in self.codec.parameters() if p.ndim > 1]
-        others = [p for p in self.codec.parameters() if p.ndim <= 1]
-        groups: list[dict[str, Any]] = [
-            {"params": decayed},
-            {"params": others, "weight_decay": 0.0},
-        ]
-        self.optimiser = torch.optim.AdamW(
-            groups, lr=training.lr, weight_decay=training.weight_decay
-        )
-        judged = self.held if len(self.held) else self.c
-        self.judge_noise = torch.randn(len(judged), training.latent, generator=self.generator)
-        self.epoch, self.stop_reason = 0, ""
-        self.history: list[dict[str, Any]] = []
-        self.best_epoch, self.best = 0, self.judge()  # the start counts: for vae-skip it is PCA
-        self.best_weights = self._weights()
-
-    def epoch_forward(self) -> Progress:
-        n = len(self.c)
-        batch = min(self.training.batch or n, n)
-        order = torch.randperm(n, generator=self.generator)
-        # Equal parts rather than a small last one, whose gradient would be mostly noise.
-        parts = order.tensor_split(max(1, round(n / batch)))
-        sums = torch.zeros(3)
-        self.codec.train()
-        for i, rows in enumerate(parts):
-            sums += self._step(self.c[rows], self.epoch + i / len(parts)) * len(rows) / n
-        self.epoch += 1
-        loss, reconstruction, kl = sums.tolist()
-        monitored = self.judge()
-        if not math.isfinite(loss) or not math.isfinite(monitored):
-            raise DataError(
-                f"The training diverged in epoch {self.epoch}: the loss is {loss}. Lower lr (now "
-                f"{self.training.lr})."
-            )
-        if monitored < self.best:
-            self.best, self.best_epoch, self.best_weights = monitored, self.epoch, self._weights()
-        self._check_stop()
-        beta = self.schedule(self.epoch - 1)
-        row = {"epoch": self.epoch, "loss": loss, "reconstruction": reconstruction, "kl": kl}
-        self.history.append({**row, "beta": beta, "monitored": monitored})
-        return Progress(
-            self.epoch, self.training.epochs, loss, reconstruction, kl, beta, monitored, self.best
-        )
-
-    @torch.no_grad()
-    def judge(self) -> float:
-        """What early stopping minimises, with the same noise at every call."""
-        self.codec.eval()
-        c = self.held if len(self.held) else self.c
-        posterior = self.codec.encode(c)
-        reconstruction = self._reconstruction(c, self.codec.decode(posterior.at(self.judge_noise)))
-        if self.training.monitor == "reconstruction":
-            return float(self._reconstruction(c, self.codec.decode(posterior.mean)))
-        return float(reconstruction + self.final_beta * self._kl_term(posterior))
-
-    def finish(self) -> Codec:
-        """The best codec, frozen."""
-        self.codec.load_state_dict(self.best_weights)
-        self.codec.requires_grad_(False).eval()
-        if self.training.half:
-            for p in self.codec.parameters():
-                p.copy_(p.half())
-        return self.codec
-
-    @torch.no_grad()
-    def report(self) -> dict[str, Any]:
-        posterior = self.codec.encode(self.data.values[~self.data.heldout])
-        r2 = reconstruction_report(self.codec, self.data, self.singular_values, self.splits)
-        return {
-            "codec": self.codec.config,
-            "settings": self.training.to_json(),
-            "seed": self.training.seed,
-            "rows": {name: len(rows) for name, rows in self.splits.items()},
-            "epochs": self.epoch,
-            "best_epoch": self.best_epoch,
-            "stop_reason": self.stop_reason,
-            "weight_r2": r2,
-            **latent_report(posterior),
-            "history": thinned(self.history),
-        }
-
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """(tensors, JSON) of everything that changes."""
-        tensors = {f"weights.{k}": v for k, v in self._weights().items()}
-        tensors.update({f"best.{k}": v for k, v in self.best_weights.items()})
-        for i, slots in self.optimiser.state_dict()["state"].items():
-            tensors.update({f"optimiser.{i}.{k}": v for k, v in slots.items()})
-        tensors["generator"] = self.generator.get_state()
-        numbers = {
-            "epoch": self.epoch,
-            "best": self.best,
-            "best_epoch": self.best_epoch,
-            "stop_reason": self.stop_reason,
-            "history": self.history,
-        }
-        return tensors, numbers
-
-    def load(self, state: tuple[dict[str, Tensor], dict[str, Any]]) -> None:
-        tensors, numbers = state
-        self.codec.load_state_dict(_under("weights.", tensors))
-        self.best_weights = _under("best.", tensors)
-        slots: dict[int, dict[str, Tensor]] = {}
-        for key, t in _under("optimiser.", tensors).items():
-            i, name = key.split(".", 1)
-            slots.setdefault(int(i), {})[name] = t
-        self.optimiser.load_state_dict({**self.optimiser.state_dict(), "state": slots})
-        self.generator.set_state(tensors["generator"])
-        self.epoch, self.history = numbers["epoch"], numbers["history"]
-        self.best, self.best_epoch = numbers["best"], numbers["best_epoch"]
-        self.stop_reason = numbers["stop_reason"]
-
-    def _step(self, c: Tensor, epoch: float) -> Tensor:
-        """One update; returns [loss, reconstruction, KL summed over units]."""
-        t = self.training
-        for group in self.optimiser.param_groups:
-            group["lr"] = t.lr * 0.5 * (1.0 + math.cos(math.pi * epoch / t.epochs))
-        seen = c
-        if t.input_noise:
-            seen = c + t.input_noise * torch.randn(c.shape, generator=self.generator)
-        posterior = self.codec.encode(seen)
-        noise = torch.randn(len(c), t.latent, generator=self.generator)
-        reconstruction = self._reconstruction(c, self.codec.decode(posterior.at(noise)))
-        loss = reconstruction + self.schedule(epoch) * self._kl_term(posterior)
-        self.optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        self.optimiser.step()
-        kl = posterior.kl().mean(0).sum()
-        return torch.stack([loss, reconstruction, kl]).detach()
-
-    def _weigh_reconstruction(self) -> None:
-        """weight [K] with which squared errors of coefficients are summed."""
-        if self.training.reconstruction == "mse":
-            self.weight = torch.full_like(self.singular_values, 1.0 / self.c.shape[1])
-        else:
-            squares = self.singular_values.square()
-            self.weight = squares / (squares * self.c.var(0, correction=0)).sum()
-
-    def _reconstruction(self, c: Tensor, decoded: Tensor) -> Tensor:
-        return ((c - decoded).square() @ self.weight).mean()
-
-    def _kl_term(self, posterior: Posterior) -> Tensor:
-        per_unit = posterior.kl().mean(0)  # over the minibatch, so that the floor holds per unit
-        return per_unit.clamp_min(self.training.free_bits).mean()
-
-    def _build_codec(self) -> Codec:
-        t = self.training
-        options: dict[str, Any] = {"coefficient_size": self.c.shape[1], "latent_size": t.latent}
-        if t.hidden is not None:
-            options["hidden"] = list(t.hidden)
-        if t.dropout:
-            options["dropout"] = t.dropout
-        if t.codec == "pca":
-            raise ConfigError("The codec 'pca' has nothing to train; use linear_space.")
-        seed = int(torch.randint(2**62, (), generator=self.generator))
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)  # layers draw their first weights from the global generator
-            codec = build_codec({"name": t.codec, **options})
-        codec.adapt(self.singular_values, self.weight, t.beta)
-        return codec
-
-    def _check_stop(self) -> None:
-        t = self.training
-        if self.epoch >= t.epochs:
-            self.stop_reason = f"All {t.epochs} epochs were run."
-        elif t.patience and self.epoch - self.best_epoch >= t.patience:
-            where = "validation persons" if len(self.held) else "training rows"
-            self.stop_reason = f"The {where} did not improve for {t.patience} epochs."
-
-    def _weights(self) -> dict[str, Tensor]:
-        return {k: v.detach().clone() for k, v in self.codec.state_dict().items()}
-
-
 def _coefficients(data: VectorDataset | Coefficients, basis: AnyBasis) -> Coefficients:
     c = project_dataset(data, basis) if isinstance(data, VectorDataset) else data
     if c.values.shape[1] != basis.rank:
@@ -307,23 +104,92 @@ def _coefficients(data: VectorDataset | Coefficients, basis: AnyBasis) -> Coeffi
     return c
 
 
-def _splits(
-    data: Coefficients, validation: float = 0.0, generator: torch.Generator | None = None
-) -> dict[str, Tensor]:
-    """Row numbers of training, validation and held-out persons."""
-    rows = torch.nonzero(~data.heldout).flatten()
-    generator = generator or torch.Generator()
-    if data.unseen is not None and validation:
-        chosen = data.unseen[rows]
-    else:
-        chosen = holdout_by_identity(data.identity[rows], validation, generator=generator)
-    if validation and not bool(chosen.any()):
+def _search(
+    data: Coefficients,
+    basis: AnyBasis,
+    training: VaeTraining,
+    rows: Tensor,
+    seed: int,
+    generator: torch.Generator,
+    saved: _Checkpoint,
+    callback: Callback | None,
+) -> dict[str, Any]:
+    """The number of epochs after which persons who take no part are reconstructed best."""
+    chosen = holdout_by_identity(data.identity[rows], training.validation, generator=generator)
+    if not bool(chosen.any()):
         raise DataError(
-            f"A validation share of {validation} holds no person; use more, or 0 for none."
+            f"A validation share of {training.validation} holds no person; use more, or 0 for none."
         )
+    c, scales = data.values[rows], basis.singular_values
+    if isinstance(basis, Basis):
+        c, scales = components_among(c, scales, ~chosen)
+    run = Run("search", training, c[~chosen], scales, seed=seed, validation=c[chosen])
+    _drive(run, saved, callback)
     return {
-        "training": rows[~chosen],
-        "validation": rows[chosen],
+        "rows": {"training": int((~chosen).sum()), "validation": int(chosen.sum())},
+        "epochs": run.epoch,
+        "best_epoch": run.best_epoch,
+        "start": round(run.start, 6),
+        "best": round(run.best, 6),
+        "stop_reason": run.stop_reason,
+        "history": thinned(run.history),
+    }
+
+
+def _drive(
+    run: Run, saved: _Checkpoint, callback: Callback | None, found: Mapping[str, Any] | None = None
+) -> None:
+    """Run to the end, from the checkpoint if it is of this stage."""
+    saved.restore(run)
+    while not run.stop_reason:
+        progress = run.advance()
+        if run.stop_reason or run.epoch % CHECKPOINT_EVERY == 0:
+            saved.keep(run, found or {})
+        if callback is not None:
+            callback(progress)
+
+
+class _Checkpoint:
+    """The file of a run, if there is to be one: its stage, and the search's result once known."""
+
+    def __init__(self, path: str | os.PathLike[str] | None, digest: str) -> None:
+        self.path, self.digest = path, digest
+        exists = path is not None and os.path.exists(path)
+        self.tensors, self.numbers = load_checkpoint(path, digest) if exists else ({}, {})  # type: ignore[arg-type]
+
+    @property
+    def search(self) -> dict[str, Any]:
+        return self.numbers.get("search", {})
+
+    def restore(self, run: Run) -> None:
+        if self.numbers.get("stage") == run.stage:
+            run.load(self.tensors, self.numbers)
+
+    def keep(self, run: Run, found: Mapping[str, Any]) -> None:
+        if self.path is not None:
+            tensors, numbers = run.state()
+            save_checkpoint(self.path, self.digest, tensors, {**numbers, "search": dict(found)})
+
+
+@torch.no_grad()
+def _vae_report(codec: Codec, data: Coefficients, basis: AnyBasis, run: Run) -> dict[str, Any]:
+    splits = _splits(data)
+    return {
+        "codec": codec.config,
+        "settings": run.training.to_json(),
+        "seed": run.training.seed,
+        "rows": {name: len(rows) for name, rows in splits.items()},
+        "epochs": run.epoch,
+        "weight_r2": reconstruction_report(codec, data, basis.singular_values, splits),
+        **latent_report(codec.encode(data.values[splits["training"]])),
+        "history": thinned(run.history),
+    }
+
+
+def _splits(data: Coefficients) -> dict[str, Tensor]:
+    """Row numbers of training and held-out persons."""
+    return {
+        "training": torch.nonzero(~data.heldout).flatten(),
         "heldout": torch.nonzero(data.heldout).flatten(),
     }
 
@@ -347,13 +213,9 @@ def _space(
     )
 
 
-def _digest(data: Coefficients, training: VaeTraining, generator: torch.Generator) -> str:
+def _digest(data: Coefficients, training: VaeTraining, seed: int) -> str:
     """Names a run: settings and data. A checkpoint of another run must not be taken up."""
-    digest = hashlib.sha256(repr((training, generator.initial_seed())).encode())
+    digest = hashlib.sha256(repr((training, seed)).encode())
     for t in (data.values, data.heldout, data.identity):
         digest.update(t.contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
