@@ -12,7 +12,7 @@ import torch
 from ..basis import AffineBasis
 from ..space import Space
 from ..spacefile import load_space, save_space
-from ..training.coefficients import project_unseen
+from ..training.coefficients import project_dataset
 from ..training.config import VaeTraining, seed_training
 from ..training.dataset import VectorDataset, write_dataset
 from ..training.fit_basis import fit_basis
@@ -20,7 +20,6 @@ from ..training.fit_vae import fit_vae, linear_space
 from .renderer import TRAITS
 
 COMPONENTS = 256
-VALIDATION = 0.1  # share of the training people that neither basis nor VAE learns from
 PCA_SIZES = {f"pca-{size}": size for size in (16, 32, 64, 128, 256)}
 VAES = {
     "skip-32": VaeTraining(codec="vae-skip", latent=32, beta=0.03),
@@ -37,7 +36,7 @@ def train_spaces(
     """Fit every space on the training people and write it to ``folder``; what exists is kept."""
     folder.mkdir(parents=True, exist_ok=True)
     basis = fit_basis(dataset, COMPONENTS)
-    coefficients, seen_basis = project_unseen(dataset, COMPONENTS, VALIDATION)
+    coefficients = project_dataset(dataset, basis)
     # One range for all parameters, as in the seed: its weights stay below 0.1, and it reads w * 10.
     largest = max(float(w.abs().max()) for _, w in dataset.chunks(dataset.training_rows))
     raw = AffineBasis(dataset.layout.size, scale=1 / largest)
@@ -47,8 +46,8 @@ def train_spaces(
         if name in PCA_SIZES:
             return linear_space(dataset, basis.truncated(PCA_SIZES[name]), provenance=about)
         if name in VAES:
-            return fit_vae(coefficients, seen_basis, VAES[name], provenance=about)
-        return fit_vae(dataset, raw, seed_training(), provenance=about)
+            return fit_vae(coefficients, basis, VAES[name], provenance=about)
+        return fit_vae(dataset, raw, seed_training(epochs=40), provenance=about)
 
     written = []
     for name in (*PCA_SIZES, *VAES, "seed"):

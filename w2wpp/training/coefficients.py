@@ -20,8 +20,7 @@ from ..basis import AnyBasis, Basis
 from ..container import open_container, write_container
 from ..errors import ConfigError, FormatError, ShapeError
 from ..layout import Layout
-from .dataset import VectorDataset, check_holdout, holdout_by_identity
-from .fit_basis import fit_basis
+from .dataset import VectorDataset, check_holdout
 
 FORMAT = "w2wpp.basis"
 
@@ -36,8 +35,6 @@ class Coefficients:
     identity: Tensor  # [N]
     heldout: Tensor  # [N] bool
     provenance: Mapping[str, Any] = field(default_factory=dict)
-    # [N] bool, training persons whom the basis has not seen either; early stopping looks at these
-    unseen: Tensor | None = None
 
     def __post_init__(self) -> None:
         n = len(self.values)
@@ -63,32 +60,6 @@ def project_dataset(dataset: VectorDataset, basis: AnyBasis) -> Coefficients:
     return Coefficients(
         dataset.layout, values, outside, dataset.identity, dataset.heldout, provenance
     )
-
-
-def project_unseen(
-    dataset: VectorDataset,
-    components: int,
-    share: float,
-    *,
-    standardise: str = "parameter",
-    seed: int = 0,
-) -> tuple[Coefficients, Basis]:
-    """A basis that a share of the training persons had no part in, and everybody's coefficients.
-
-    Components are fitted to the rows they come from, so persons of the basis look far easier to
-    reconstruct than others, and early stopping on them would always prefer the basis itself.
-    """
-    if share == 0:
-        basis = fit_basis(dataset, components, standardise=standardise)
-        return project_dataset(dataset, basis), basis
-    generator = torch.Generator().manual_seed(seed)
-    rows = dataset.training_rows
-    chosen = holdout_by_identity(dataset.identity[rows], share, generator=generator)
-    unseen = torch.zeros_like(dataset.heldout)
-    unseen[rows[chosen]] = True
-    seen = replace(dataset, heldout=dataset.heldout | unseen)
-    basis = fit_basis(seen, components, standardise=standardise)
-    return replace(project_dataset(dataset, basis), unseen=unseen), basis
 
 
 def components_among(c: Tensor, singular_values: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
@@ -146,8 +117,6 @@ def save_coefficients(
         "identity": coefficients.identity,
         "heldout": coefficients.heldout,
     }
-    if coefficients.unseen is not None:
-        tensors["unseen"] = coefficients.unseen
     config = {
         "layout": coefficients.layout.to_json(),
         "basis": basis.config(),
@@ -167,8 +136,6 @@ def load_coefficients(path: str | os.PathLike[str]) -> tuple[Coefficients, Basis
     file.require("outside", (n,), torch.float32)
     file.require("identity", (n,), torch.int64)
     file.require("heldout", (n,), torch.bool)
-    if "unseen" in file:
-        file.require("unseen", (n,), torch.bool)
     coefficients = Coefficients(
         layout,
         file.read("coefficients"),
@@ -176,6 +143,5 @@ def load_coefficients(path: str | os.PathLike[str]) -> tuple[Coefficients, Basis
         file.read("identity"),
         file.read("heldout"),
         file.config.get("provenance", {}),
-        file.read("unseen") if "unseen" in file else None,
     )
     return coefficients, basis

@@ -25,12 +25,11 @@ from .coefficients import (
     Coefficients,
     load_coefficients,
     project_dataset,
-    project_unseen,
     save_coefficients,
 )
 from .config import VaeTraining, seed_training
 from .dataset import holdout_by_identity, load_dataset, write_dataset
-from .fit_basis import STANDARDISE
+from .fit_basis import STANDARDISE, fit_basis
 from .fit_vae import Progress, fit_vae, linear_space
 from .schedules import SCHEDULES
 
@@ -72,12 +71,6 @@ def register(verbs: Any) -> None:
     p.add_argument("data", metavar="DATA")
     p.add_argument("--components", type=int, required=True)
     p.add_argument("--standardise", choices=STANDARDISE, default="parameter")
-    p.add_argument(
-        "--validation",
-        type=float,
-        default=VaeTraining.validation,
-        help="share of the training persons kept out of it for early stopping, 0 for none",
-    )
     p.add_argument("-o", "--output", required=True, metavar="BASIS")
     p.set_defaults(run=basis)
 
@@ -130,9 +123,8 @@ def dataset(args: argparse.Namespace) -> dict[str, Any]:
 
 def basis(args: argparse.Namespace) -> dict[str, Any]:
     data = load_dataset(args.data)
-    coefficients, fitted = project_unseen(
-        data, args.components, args.validation, standardise=args.standardise
-    )
+    fitted = fit_basis(data, args.components, standardise=args.standardise)
+    coefficients = project_dataset(data, fitted)
     save_coefficients(args.output, coefficients, fitted)
     r2 = linear_space(coefficients, fitted).training_report["weight_r2"]
     sizes = {"rows": len(data), "parameters": fitted.size, "components": fitted.rank}
