@@ -5,7 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 Link = list  # [node id, output index]
-SAMPLER = {"steps": 20, "cfg": 2.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0}
+SAMPLER = {
+    "steps": 12,
+    "cfg": 3.0,
+    "sampler_name": "dpmpp_2m",
+    "scheduler": "normal",
+    "denoise": 1.0,
+}
 
 
 class Graph:
