@@ -13,12 +13,12 @@ from w2wpp import (
     save_space,
     transformer_layout,
 )
-from w2wpp.training.coefficients import Coefficients, project_dataset
+from w2wpp.training.coefficients import Coefficients, components_among, project_dataset
 from w2wpp.training.config import VaeTraining, seed_training
 from w2wpp.training.dataset import VectorDataset
 from w2wpp.training.fit_basis import fit_basis
 from w2wpp.training.fit_vae import fit_vae, linear_space, prior_of
-from w2wpp.training.report import collapse_sentence, thinned
+from w2wpp.training.report import collapse_sentence, thinned, without_curves
 
 SHORT = VaeTraining(latent=4, hidden=(16,), epochs=6, batch=16, validation=0.2)
 
@@ -62,6 +62,7 @@ def test_a_vae_finds_the_curve_that_pca_misses(curved, codec):
     coefficients, basis = curved
     settings = VaeTraining(codec=codec, latent=4, hidden=(64, 64), epochs=150, lr=4e-3, beta=5e-4)
     report = fit_vae(coefficients, basis, settings).training_report
+    search = report["early_stopping"]
     pca = {
         k: linear_space(coefficients.truncated(k, basis.singular_values), basis.truncated(k))
         for k in (4, 9)
@@ -69,15 +70,16 @@ def test_a_vae_finds_the_curve_that_pca_misses(curved, codec):
     r2 = {k: s.training_report["weight_r2"]["heldout"] for k, s in pca.items()}
     found = report["weight_r2"]["heldout"]
     assert found > r2[4] + 0.6 * (r2[9] - r2[4])
-    assert report["epochs"] <= 150 and report["active_units"] >= 3
+    assert report["epochs"] == search["best_epoch"] <= search["epochs"] <= 150
+    assert search["best"] < search["start"] and report["active_units"] >= 3
 
 
 def test_skip_is_never_worse_than_pca_of_its_size(coefficients, basis):
-    """Even with a learning rate that ruins it: the start is a candidate of early stopping."""
+    """Even with a learning rate that ruins it: no training at all is a candidate of the search."""
     settings = dataclasses.replace(SHORT, codec="vae-skip", lr=3.0)
     report = fit_vae(coefficients, basis, settings).training_report
     pca = linear_space(coefficients.truncated(4, basis.singular_values), basis.truncated(4))
-    assert report["best_epoch"] == 0
+    assert report["epochs"] == 0
     expected = pca.training_report["weight_r2"]["heldout"]
     assert report["weight_r2"]["heldout"] == pytest.approx(expected, abs=1e-4)
 
@@ -112,24 +114,25 @@ def test_training_does_not_touch_the_global_generator(coefficients, basis):
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.parametrize("stage", ["search", "final"])
 @pytest.mark.parametrize("patience", [0, 2])
 def test_resumed_run_equals_the_uninterrupted_one(
-    coefficients, basis, tmp_path, monkeypatch, patience
+    coefficients, basis, tmp_path, monkeypatch, patience, stage
 ):
     monkeypatch.setattr("w2wpp.training.fit_vae.CHECKPOINT_EVERY", 2)
-    settings = dataclasses.replace(SHORT, codec="vae-mlp", patience=patience)
+    settings = dataclasses.replace(SHORT, codec="vae-mlp", lr=1e-2, patience=patience)
     whole = fit_vae(coefficients, basis, settings)
     path = tmp_path / "run"
 
     def interrupt(progress):
-        if progress.epoch == 3:
+        if (progress.stage, progress.epoch) == (stage, 3):
             raise Stop
 
     with pytest.raises(Stop):
         fit_vae(coefficients, basis, settings, callback=interrupt, checkpoint=path)
     seen = []
     resumed = fit_vae(coefficients, basis, settings, callback=seen.append, checkpoint=path)
-    assert seen[0].epoch == 3  # taken up after epoch 2
+    assert (seen[0].stage, seen[0].epoch) == (stage, 3)  # taken up after epoch 2
     assert resumed.fingerprint == whole.fingerprint
     assert resumed.training_report == whole.training_report
     finished = fit_vae(coefficients, basis, settings, callback=seen.clear, checkpoint=path)
@@ -143,17 +146,18 @@ def test_checkpoint_of_another_run_is_refused(coefficients, basis, tmp_path):
             fit_vae(coefficients, basis, other, checkpoint=tmp_path / "run")
 
 
-def test_early_stop_says_so_and_restores_the_best(coefficients, basis):
+def test_early_stop_says_so(coefficients, basis):
     settings = dataclasses.replace(SHORT, codec="vae-skip", lr=3.0, epochs=50, patience=3)
-    report = fit_vae(coefficients, basis, settings).training_report
-    assert report["epochs"] == 3 and report["best_epoch"] == 0
-    assert report["stop_reason"] == "The validation persons did not improve for 3 epochs."
+    search = fit_vae(coefficients, basis, settings).training_report["early_stopping"]
+    assert search["epochs"] == 3 and search["best_epoch"] == 0
+    assert search["stop_reason"] == "The validation persons did not improve for 3 epochs."
 
 
 def test_validation_holds_out_persons_and_never_the_test_set(coefficients, basis):
     report = fit_vae(coefficients, basis, SHORT).training_report
-    # 24 training persons of two rows each, a fifth of them for validation
-    assert report["rows"] == {"training": 38, "validation": 10, "heldout": 12}
+    # 24 training persons of two rows each, a fifth of them for the search
+    assert report["rows"] == {"training": 48, "heldout": 12}
+    assert report["early_stopping"]["rows"] == {"training": 38, "validation": 10}
     changed = coefficients.values.clone()
     changed[coefficients.heldout] = 99.0
     other = fit_vae(dataclasses.replace(coefficients, values=changed), basis, SHORT)
@@ -162,11 +166,13 @@ def test_validation_holds_out_persons_and_never_the_test_set(coefficients, basis
 
 def test_heavy_kl_collapses_and_the_report_says_so(coefficients, basis):
     heavy = VaeTraining(codec="vae-mlp", latent=4, hidden=(16,), epochs=60, beta=10.0, kl="off")
-    report = fit_vae(coefficients, basis, dataclasses.replace(heavy, lr=1e-2)).training_report
+    report = fit_vae(
+        coefficients, basis, dataclasses.replace(heavy, lr=1e-2, validation=0.0)
+    ).training_report
     assert report["active_units"] == 0
     assert report["collapse"].startswith("Posterior collapse: none of the 4 latent units")
     assert max(report["kl_per_unit"]) < 0.05
-    free = dataclasses.replace(heavy, lr=1e-2, free_bits=0.5, patience=0, epochs=200)
+    free = dataclasses.replace(heavy, lr=1e-2, free_bits=0.5, validation=0.0, epochs=200)
     kept = fit_vae(coefficients, basis, free).training_report
     assert kept["kl_total"] > 4 * 0.3  # a KL below half a nat per unit costs nothing
 
@@ -175,7 +181,7 @@ def test_heavy_kl_collapses_and_the_report_says_so(coefficients, basis):
 def test_every_schedule_trains(coefficients, basis, kl):
     seen = []
     fit_vae(coefficients, basis, dataclasses.replace(SHORT, kl=kl, warmup=3), callback=seen.append)
-    assert [p.epoch for p in seen] == [1, 2, 3, 4, 5, 6]
+    assert [p.epoch for p in seen if p.stage == "search"] == [1, 2, 3, 4, 5, 6]
     assert seen[0].beta == {"off": 1e-3, "sigmoid": pytest.approx(2.5e-6, rel=0.1)}.get(kl, 0)
 
 
@@ -197,7 +203,7 @@ def test_report_travels_in_the_file(coefficients, basis, tmp_path):
     assert read.provenance == space.provenance
     report = read.training_report
     assert report["settings"] == SHORT.to_json() and report["seed"] == 0
-    assert len(report["history"]) == 6 and len(report["kl_per_unit"]) == 4
+    assert len(report["early_stopping"]["history"]) == 6 and len(report["kl_per_unit"]) == 4
     assert read.name == "x" and read.licence == "Apache-2.0"
 
 
@@ -210,7 +216,13 @@ def test_half_precision_loses_nothing_between_memory_and_file(coefficients, basi
 
 
 def test_bad_requests_are_refused(coefficients, basis):
-    for change in ({"latent": 0}, {"lr": 0.0}, {"validation": 1.0}, {"monitor": "luck"}, {"beta": -1}):
+    for change in (
+        {"latent": 0},
+        {"lr": 0.0},
+        {"validation": 1.0},
+        {"monitor": "luck"},
+        {"beta": -1},
+    ):
         with pytest.raises(ConfigError):
             VaeTraining(**change)
     with pytest.raises(ConfigError, match="linear_space"):
@@ -226,6 +238,23 @@ def test_bad_requests_are_refused(coefficients, basis):
         fit_vae(coefficients, basis, dataclasses.replace(SHORT, validation=1e-3))
     with pytest.raises(DataError, match="diverged in epoch 1"):
         fit_vae(coefficients, basis, dataclasses.replace(SHORT, codec="vae-mlp", lr=1e30))
+
+
+def test_persons_of_the_search_are_strangers_to_its_components(coefficients, basis):
+    """As for a basis that never saw them: the chosen rows alone decide on the components."""
+    c, s = coefficients.values, basis.singular_values
+    chosen = torch.arange(60) % 3 > 0
+    found, scales = components_among(c, s, chosen)
+    x = (c * s).double()
+    _, singular, v = torch.linalg.svd(x[chosen] - x[chosen].mean(0), full_matrices=False)
+    assert torch.allclose(scales.double(), singular / 39**0.5, rtol=1e-4)
+    cosine = torch.nn.functional.cosine_similarity
+    expected = (x - x[chosen].mean(0)) @ v.T
+    assert cosine((found * scales).double(), expected, dim=0).abs().min() > 0.999
+    assert torch.allclose(found[chosen].std(0), torch.ones(len(scales)), atol=1e-3)
+    moved = c.clone()
+    moved[~chosen] += 1.0
+    assert torch.equal(components_among(moved, s, chosen)[1], scales)
 
 
 def test_coefficients_must_not_mix_persons(coefficients):
@@ -245,6 +274,11 @@ def test_history_is_thinned_evenly():
     assert len(short) == 100 and (short[0]["epoch"], short[-1]["epoch"]) == (0, 999)
     assert short[1]["loss"] == 3.33333
     assert len(thinned(history[:7], 100)) == 7 and thinned([], 100) == []
+
+
+def test_printed_reports_hold_no_curves():
+    report = {"a": 1, "history": [1], "early_stopping": {"best": 2, "history": [2]}}
+    assert without_curves(report) == {"a": 1, "early_stopping": {"best": 2}}
 
 
 def test_collapse_sentences():

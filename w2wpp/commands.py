@@ -17,6 +17,7 @@ from .identity import Identity, interpolate, load_identity, save_identity
 from .lorafile import FORMATS, load_lora, save_lora
 from .space import Space
 from .spacefile import find_space, load_space
+from .training.report import without_curves
 
 Verbs = Any  # argparse's collection of subparsers has no public type
 
@@ -158,7 +159,6 @@ def _numbered(path: Path, count: int) -> list[Path]:
 def _space_info(path: str) -> dict[str, Any]:
     space = load_space(path)
     layout = space.layout
-    report = {k: v for k, v in space.training_report.items() if k not in ("history", "kl_per_unit")}
     return {
         "name": space.name,
         "version": space.version,
@@ -173,7 +173,7 @@ def _space_info(path: str) -> dict[str, Any]:
         "components": space.basis.rank,
         "latent_size": space.latent_size,
         "directions": sorted(space.directions),
-        "training": report,
+        "training": without_curves(space.training_report),
     }
 
 

@@ -86,8 +86,7 @@ def weight_r2(
     center: Tensor | None = None,
     outside: Tensor | None = None,
 ) -> float:
-    """Share of the variance of standardised vectors explained: 1 - sum |x - x'|^2 / sum |x -
-    center|^2.
+    """Explained variance of standardised vectors: 1 - sum |x - x'|^2 / sum |x - center|^2.
 
     c and its reconstruction [B, K]; center [K] is the training mean (0 for a PCA basis); outside
     [B] counts as error.

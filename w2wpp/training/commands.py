@@ -30,7 +30,9 @@ from .coefficients import (
 from .config import VaeTraining, seed_training
 from .dataset import holdout_by_identity, load_dataset, write_dataset
 from .fit_basis import STANDARDISE, fit_basis
-from .fit_vae import Progress, fit_vae, linear_space
+from .fit_vae import fit_vae, linear_space
+from .report import without_curves
+from .run import Progress
 from .schedules import SCHEDULES
 
 LAYOUTS = {"sd15": SD15}
@@ -152,7 +154,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
             provenance=facts,
         )
     save_space(space, args.output)
-    report = {k: v for k, v in space.training_report.items() if k not in ("history", "kl_per_unit")}
+    report = without_curves(space.training_report)
     return {"space": args.output, "fingerprint": space.fingerprint, "training": report}
 
 
@@ -188,10 +190,12 @@ def _progress_bar() -> Callable[[Progress], None]:
         from tqdm import tqdm
     except ModuleNotFoundError:
         return _print_line
-    bar = tqdm(unit="epoch", file=sys.stderr)
+    bars: dict[str, Any] = {}
 
     def show(p: Progress) -> None:
-        bar.total = p.epochs
+        if p.stage not in bars:
+            bars[p.stage] = tqdm(desc=p.stage, total=p.epochs, unit="epoch", file=sys.stderr)
+        bar = bars[p.stage]
         bar.update(p.epoch - bar.n)
         bar.set_postfix(loss=f"{p.loss:.4f}", kl=f"{p.kl:.1f}", best=f"{p.best:.4f}")
 
@@ -200,7 +204,7 @@ def _progress_bar() -> Callable[[Progress], None]:
 
 def _print_line(p: Progress) -> None:
     if p.epoch % 25 == 0 or p.epoch == p.epochs:
-        print(f"epoch {p.epoch}: loss {p.loss:.4f}, best {p.best:.4f}", file=sys.stderr)
+        print(f"{p.stage} epoch {p.epoch}: loss {p.loss:.4f}, best {p.best:.4f}", file=sys.stderr)
 
 
 def _layout(name: str) -> Layout:

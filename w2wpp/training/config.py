@@ -29,25 +29,19 @@ class VaeTraining:
     batch: int = 128  # rows per step, 0 for all of them
     lr: float = 2e-3  # of AdamW
     weight_decay: float = 1e-2  # on matrices, not on biases
-    input_noise: float = (
-        0.0  # deviation of Gaussian noise on the coefficients that the encoder reads
-    )
+    input_noise: float = 0.0  # deviation of noise on the coefficients that the encoder reads
     reconstruction: str = "explained"  # or "mse"
     kl: str = "linear"  # annealing: off, linear, cyclical, sigmoid or seed
     beta: float = 1e-3  # final weight of the KL term
     warmup: float = 40.0  # epochs of annealing, where the schedule has any
-    free_bits: float = 0.0  # nats per latent dimension that cost nothing more (Kingma et al. 2016)
-    validation: float = (
-        0.1  # share of the training persons that early stopping looks at, 0 for none
-    )
-    monitor: str = (
-        "elbo"  # what it minimises there: the loss at the final beta, or its reconstruction
-    )
-    patience: int = 80  # epochs without a better value, 0 to run all of them
-    half: bool = (
-        True  # round the weights to half precision at the end, so that the file is half as large
-    )
-    seed: int = 0  # initial weights, split, order and noise
+    free_bits: float = 0.0  # nats per latent dimension that cost nothing (Kingma et al. 2016)
+    # Share of the training persons on whom the best number of epochs is sought, before all of
+    # them train the codec for as long; 0 to run all epochs at once.
+    validation: float = 0.1
+    monitor: str = "elbo"  # minimised on them: the loss at the final beta, or "reconstruction"
+    patience: int = 80  # epochs that the search goes on without a better value, 0 for all
+    half: bool = True  # round the weights to half precision at the end: half the file
+    seed: int = 0  # first weights, split, order and noise
 
     def __post_init__(self) -> None:
         positive = {

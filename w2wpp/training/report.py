@@ -59,6 +59,15 @@ def collapse_sentence(active: int, size: int) -> str:
     return f"{kind}: {active} of {size} latent units are active. {advice}"
 
 
+def without_curves(report: Mapping[str, Any]) -> dict[str, Any]:
+    """A report short enough to print."""
+    return {
+        k: without_curves(v) if isinstance(v, Mapping) else v
+        for k, v in report.items()
+        if k not in ("history", "kl_per_unit")
+    }
+
+
 def thinned(history: Sequence[Mapping[str, Any]], rows: int = HISTORY_ROWS) -> list[dict[str, Any]]:
     """At most `rows` entries, evenly spread, first and last included; numbers rounded to what a reader needs."""
     n = len(history)
