@@ -7,7 +7,7 @@ from typing import Any
 Link = list  # [node id, output index]
 SAMPLER = {
     "steps": 12,
-    "cfg": 3.0,
+    "cfg": 2.0,
     "sampler_name": "dpmpp_2m",
     "scheduler": "normal",
     "denoise": 1.0,

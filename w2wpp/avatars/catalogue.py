@@ -21,7 +21,7 @@ HEAD = """# What ships
 
 Weights only. All of it was trained by the commands below from nothing but a seed: no pretrained
 weights, no photographs, no data of real people. Licence: Apache-2.0, as the code. This page is
-written by `w2wpp avatars list`.
+written by `w2wpp avatars list`. Training again does not give the same bytes.
 
 | file | what | bytes | made by | sha256 |
 |---|---|---|---|---|
