@@ -68,7 +68,9 @@ def run_loras(args: Namespace) -> dict[str, Any]:
 
 
 def run_gate(args: Namespace) -> dict[str, Any]:
-    result = judge_world(_studio(), _dataset(args), components=spaces.COMPONENTS)
+    dataset = _dataset(args)
+    components = min(spaces.COMPONENTS, len(dataset.training_rows) - 1)
+    result = judge_world(_studio(), dataset, components=components)
     result["hardware"] = _hardware()
     _write_json(args.output, result)
     _log(gate_table(result))
