@@ -41,10 +41,13 @@ def test_workflow_opens_and_runs(host: Host, page: Any, name: str) -> None:
 
 def test_a_broken_workflow_would_be_noticed(host: Host, page: Any) -> None:
     browser.open_template(page, host, workflow_names()[0])
+    # On a busy machine the front end may still be filling in the template's values: hold on to ours.
     page.evaluate(
         """() => {
             const node = app.graph.nodes.find(n => n.type === 'W2WPP_LoadSpace');
-            node.widgets[0].value = 'no-such-space.safetensors';
+            const spoil = () => { node.widgets[0].value = 'no-such-space.safetensors'; };
+            spoil();
+            setInterval(spoil, 50);
         }"""
     )
     page.get_by_test_id("queue-button").first.click()
