@@ -43,9 +43,18 @@ def test_rounding_error_in_std_is_no_deviation():
 def test_chunks_of_components_add_up(signed, monkeypatch):
     c, w = torch.randn(2, 6), torch.randn(2, 40)
     whole = signed.lift(c), signed.project(w)
-    monkeypatch.setattr(basis_module, "ROWS", 4)
+    monkeypatch.setattr(basis_module, "KEPT_BYTES", 0)
+    monkeypatch.setattr(basis_module, "BLOCK_BYTES", 2 * 4 * signed.size)
+    assert len(list(signed._blocks(1))) == 3
     assert torch.allclose(signed.lift(c), whole[0], atol=1e-6)
     assert torch.allclose(signed.project(w), whole[1], atol=1e-6)
+
+
+def test_components_survive_being_kept_in_single_precision(signed):
+    before = signed.components.clone()
+    signed.lift(torch.randn(1, 6))
+    assert signed.components.dtype == torch.float16
+    assert torch.equal(signed.components, before)
 
 
 def test_truncated_keeps_the_first(signed):

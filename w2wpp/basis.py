@@ -11,9 +11,10 @@ from torch import Tensor
 from .container import Container
 from .errors import ConfigError, FormatError, ShapeError
 
-ROWS = (
-    512  # components turned to single precision at a time, which bounds the memory of a large basis
-)
+# Half precision is for files: turning it to single costs more than reading it does. Components are kept in single
+# precision up to this size, and turned block by block (small enough for a processor's cache) above it.
+KEPT_BYTES = 512 * 2**20
+BLOCK_BYTES = 2 * 2**20
 
 
 class Basis:
@@ -96,17 +97,17 @@ class Basis:
         """w [B, P] -> whitened coefficients [B, K]."""
         check_batch(w, self.size, "vectors", "P")
         x = self.standardise(w.float() - self.mean)
-        parts = [x @ rows.T for rows in self._rows()]
+        parts = [x @ rows.T for rows in self._blocks(len(w))]
         return torch.cat(parts, dim=1) / self.singular_values
 
     def lift(self, c: Tensor) -> Tensor:
         """Whitened coefficients c [B, K] -> w [B, P]."""
         check_batch(c, self.rank, "coefficients", "K")
-        scaled = (c.float() * self.singular_values).split(ROWS, dim=1)
-        x = sum(
-            (part @ rows for part, rows in zip(scaled, self._rows())),
-            torch.zeros((), device=c.device),
-        )
+        scaled = c.float() * self.singular_values
+        x, start = torch.zeros(len(c), self.size, device=c.device), 0
+        for rows in self._blocks(len(c)):
+            x = torch.addmm(x, scaled[:, start : start + len(rows)], rows)
+            start += len(rows)
         return x * self.std + self.mean
 
     def standardise(self, difference: Tensor) -> Tensor:
@@ -132,6 +133,8 @@ class Basis:
     # Outside of inference mode, so that what is cached here can take part in gradients later.
     @torch.inference_mode(False)
     def _get(self, name: str) -> Tensor:
+        if name == "components" and "single" in self._tensors:
+            return self._tensors["single"].half()  # where they came from, so nothing is lost
         if name not in self._tensors:
             assert self._reader is not None
             tensor = self._reader(name)
@@ -140,9 +143,20 @@ class Basis:
             self._tensors[name] = without_tiny(tensor) if name == "std" else tensor
         return self._tensors[name]
 
-    def _rows(self) -> Iterator[Tensor]:
-        for rows in self.components.split(ROWS):
+    def _blocks(self, batch: int) -> Iterator[Tensor]:
+        """The components in single precision [rows, P], a block at a time; larger batches read in larger blocks."""
+        if 4 * self.size * self.rank <= KEPT_BYTES:
+            yield self._single()
+            return
+        for rows in self.components.split(max(1, batch * BLOCK_BYTES // (4 * self.size))):
             yield rows.float()
+
+    @torch.inference_mode(False)
+    def _single(self) -> Tensor:
+        if "single" not in self._tensors:
+            self._tensors["single"] = self.components.float()
+            self._tensors.pop("components", None)
+        return self._tensors["single"]
 
 
 class AffineBasis:
