@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..metrics import (
-    Estimate,
     consistency,
     estimate,
     id_scores,
@@ -104,17 +103,35 @@ def _regress(dataset: VectorDataset, train: Tensor, test: Tensor, penalty: float
     return F.cosine_similarity(predicted, dataset.labels[test], dim=1)
 
 
+GOALS = {
+    "own_lora": ("ID score of a person's own LoRA", "at least 0.70"),
+    "other_lora": ("ID score of another's LoRA", "below 0.10"),
+    "no_lora": ("ID score without a LoRA", "below 0.05"),
+    "base_obedience": ("words obeyed by the base (background, smile, light)", "at least 0.95"),
+    "base_obedience_background": ("of these, the background", ""),
+    "base_obedience_smile": ("of these, the smile", ""),
+    "base_obedience_light": ("of these, the light", ""),
+    "token_obedience": ("words obeyed with a LoRA, as a share of that", "at least 0.90"),
+    "lora_obedience": ("words obeyed with a LoRA", ""),
+    "pca_reconstruction": ("ID score of held-out people rebuilt by PCA", ""),
+    "pca_reconstruction_ratio": ("that, as a share of their own LoRAs'", "at least 0.80"),
+    "identity_from_weights_cosine": ("identity read from held-out weights, cosine", "at least 0.70"),
+    "own_consistency": ("real people resemble themselves, cosine", ""),
+    "sample_consistency": ("sampled people resemble themselves, cosine", ""),
+    "sample_consistency_ratio": ("that, as a share of real people's", "at least 0.70"),
+}  # fmt: skip
+
+
 def gate_table(result: dict[str, Any]) -> str:
-    """The figures beside what they have to reach."""
-    bounds = {
-        "base_obedience": ">= 0.95", "own_lora": ">= 0.70", "other_lora": "< 0.10", "no_lora": "< 0.05",
-        "token_obedience": ">= 0.90", "pca_reconstruction_ratio": ">= 0.80",
-        "identity_from_weights_cosine": ">= 0.70", "sample_consistency_ratio": ">= 0.70",
-    }  # fmt: skip
+    """The figures beside what they have to reach, as a table in Markdown."""
     lines = [
-        f"{result['identities']} identities, {result['heldout']} held out, P = {result['parameters']}"
+        f"| {result['identities']} people, {result['heldout']} held out, P = {result['parameters']}, "
+        f"PCA {result['components']} | mean (95 % interval) | goal |",
+        "|---|---|---|",
     ]
     for name, row in result["rows"].items():
-        value = Estimate(**row)
-        lines.append(f"{name:32s} {value!s:28s} {bounds.get(name, '')}")
+        what, goal = GOALS[name]
+        lines.append(
+            f"| {what} | {row['mean']:.3f} ({row['low']:.3f} to {row['high']:.3f}) | {goal} |"
+        )
     return "\n".join(lines)

@@ -73,6 +73,7 @@ def run_gate(args: Namespace) -> dict[str, Any]:
     result = judge_world(_studio(), dataset, components=components)
     result["hardware"] = _hardware()
     _write_json(args.output, result)
+    args.output.with_suffix(".md").write_text(gate_table(result) + "\n", encoding="utf-8")
     _log(gate_table(result))
     return result
 
