@@ -111,8 +111,8 @@ GOALS = {
     "base_obedience_background": ("of these, the background", ""),
     "base_obedience_smile": ("of these, the smile", ""),
     "base_obedience_light": ("of these, the light", ""),
-    "token_obedience": ("words obeyed with a LoRA, as a share of that", "at least 0.90"),
     "lora_obedience": ("words obeyed with a LoRA", ""),
+    "token_obedience": ("that, as a share of the base's", "at least 0.90"),
     "pca_reconstruction": ("ID score of held-out people rebuilt by PCA", ""),
     "pca_reconstruction_ratio": ("that, as a share of their own LoRAs'", "at least 0.80"),
     "identity_from_weights_cosine": ("identity read from held-out weights, cosine", "at least 0.70"),
@@ -129,8 +129,8 @@ def gate_table(result: dict[str, Any]) -> str:
         f"PCA {result['components']} | mean (95 % interval) | goal |",
         "|---|---|---|",
     ]
-    for name, row in result["rows"].items():
-        what, goal = GOALS[name]
+    for name, (what, goal) in GOALS.items():
+        row = result["rows"][name]
         lines.append(
             f"| {what} | {row['mean']:.3f} ({row['low']:.3f} to {row['high']:.3f}) | {goal} |"
         )
