@@ -118,6 +118,8 @@ def test_encode_reports_what_is_reconstructed(run, loras, make_space, residual):
     code, result, _ = run("encode", "space.safetensors", *files, *flags, "-o", "id.safetensors")
     assert code == 0 and result["count"] == 2
     assert all(0.5 < v < 1 for v in result["weight_r2"].values())
+    reports = list(result["loras"].values())
+    assert all(r["gauge"] == "kept" and 0 < r["update_error"] < 0.7 for r in reports)
     identity = load_identity("id.safetensors")
     assert (identity.residual is not None) == residual
     w = torch.stack([load_lora(f).vector(space.layout) for f in files])

@@ -2,6 +2,8 @@
 
 from .basis import AffineBasis, Basis
 from .codecs import CODECS, Posterior, build_codec
+from .edits import edit
+from .encoding import EncodeReport, encode_lora
 from .errors import (
     ConfigError,
     DataError,
@@ -13,7 +15,7 @@ from .errors import (
 )
 from .identity import Identity, concat, interpolate, load_identity, save_identity
 from .layout import SD15, Layout, Module, transformer_layout
-from .lorafile import LoraFile, kohya_tensors, load_lora, save_lora
+from .lorafile import LoraFile, kohya_tensors, load_lora, lora_of_tensors, save_lora
 from .space import Space
 from .spacefile import load_space, save_space
 
@@ -26,6 +28,7 @@ __all__ = [
     "Basis",
     "ConfigError",
     "DataError",
+    "EncodeReport",
     "FormatError",
     "Identity",
     "Layout",
@@ -39,11 +42,14 @@ __all__ = [
     "W2WError",
     "build_codec",
     "concat",
+    "edit",
+    "encode_lora",
     "interpolate",
     "kohya_tensors",
     "load_identity",
     "load_lora",
     "load_space",
+    "lora_of_tensors",
     "save_identity",
     "save_lora",
     "save_space",

@@ -97,7 +97,7 @@ class Basis:
         """w [B, P] -> whitened coefficients [B, K]."""
         check_batch(w, self.size, "vectors", "P")
         x = self.standardise(w.float() - self.mean)
-        parts = [x @ rows.T for rows in self._blocks(len(w))]
+        parts = [x @ rows.T for rows in self.blocks(len(w))]
         return torch.cat(parts, dim=1) / self.singular_values
 
     def lift(self, c: Tensor) -> Tensor:
@@ -105,7 +105,7 @@ class Basis:
         check_batch(c, self.rank, "coefficients", "K")
         scaled = c.float() * self.singular_values
         x, start = torch.zeros(len(c), self.size, device=c.device), 0
-        for rows in self._blocks(len(c)):
+        for rows in self.blocks(len(c)):
             x = torch.addmm(x, scaled[:, start : start + len(rows)], rows)
             start += len(rows)
         return x * self.std + self.mean
@@ -143,7 +143,7 @@ class Basis:
             self._tensors[name] = without_tiny(tensor) if name == "std" else tensor
         return self._tensors[name]
 
-    def _blocks(self, batch: int) -> Iterator[Tensor]:
+    def blocks(self, batch: int) -> Iterator[Tensor]:
         """The components in single precision [rows, P], a block at a time; larger batches read in larger blocks."""
         if 4 * self.size * self.rank <= KEPT_BYTES:
             yield self._single()

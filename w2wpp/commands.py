@@ -5,15 +5,16 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from .container import Container, open_container
+from .encoding import encode_lora
 from .errors import ConfigError
-from .identity import Identity, interpolate, load_identity, save_identity
+from .identity import Identity, concat, interpolate, load_identity, save_identity
 from .lorafile import FORMATS, load_lora, save_lora
 from .space import Space
 from .spacefile import find_space, load_space
@@ -85,19 +86,13 @@ def interpolate_files(args: argparse.Namespace) -> dict[str, Any]:
 def encode(args: argparse.Namespace) -> dict[str, Any]:
     space = load_space(args.space)
     files = [load_lora(path) for path in args.loras]
-    w = torch.stack([f.vector(space.layout) for f in files])
-    z = space.encode(w).mean
-    explained = weight_share(space, w, space.decode(z))
-    residual = None
-    if args.residual:
-        c = space.basis.project(w)
-        residual = c - space.basis.project(space.decode(z))
+    found = [encode_lora(space, file, residual=args.residual) for file in files]
     names = [Path(path).name for path in args.loras]
-    identity = Identity(z, space.fingerprint, residual, {"made_by": "encode", "files": names})
-    r2 = {name: round(v, 4) for name, v in zip(names, explained.tolist())}
-    unread = {n: len(f.unread) for n, f in zip(names, files) if f.unread}
-    extra = {"unread_tensors": unread} if unread else {}
-    return {**_saved(identity, args.output), "weight_r2": r2, **extra}
+    identity = concat([person for person, _ in found])
+    identity = replace(identity, provenance={"made_by": "encode", "files": names})
+    reports = {name: report.to_json() for name, (_, report) in zip(names, found)}
+    r2 = {name: report["weight_r2"] for name, report in reports.items()}
+    return {**_saved(identity, args.output), "weight_r2": r2, "loras": reports}
 
 
 def export(args: argparse.Namespace) -> dict[str, Any]:
@@ -112,13 +107,6 @@ def export(args: argparse.Namespace) -> dict[str, Any]:
         lora = space.layout.unpack(w)
         save_lora(lora, file, format=args.format, alpha=space.layout.alpha, metadata=metadata)
     return {"loras": [str(f) for f in files], "format": args.format, "space": space.name}
-
-
-def weight_share(space: Space, w: Tensor, reconstruction: Tensor) -> Tensor:
-    """Per vector [B]: the share of its standardised distance from the mean that is reconstructed."""
-    mean = space.lift(torch.zeros(1, space.basis.rank))
-    missed = space.basis.standardise(w - reconstruction).square().sum(1)
-    return 1.0 - missed / space.basis.standardise(w - mean).square().sum(1)
 
 
 def lora_metadata(space: Space, identity: Identity, strength: float = 1.0) -> dict[str, str]:

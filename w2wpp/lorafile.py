@@ -14,7 +14,7 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -123,7 +123,31 @@ def save_lora(
 
 def load_lora(path: str | os.PathLike[str]) -> LoraFile:
     """Read a LoRA of the UNet in any of the spellings above."""
-    file = open_container(path)
+    return _read(open_container(path))
+
+
+def lora_of_tensors(tensors: Mapping[str, Tensor], name: str = "this LoRA") -> LoraFile:
+    """The same from {key: tensor} in memory, such as ComfyUI's LORA_MODEL sockets carry."""
+    return replace(_read(_InMemory(Path(name), tensors)), path="")
+
+
+@dataclass(frozen=True)
+class _InMemory:
+    """Tensors at hand, with what is asked of a Container."""
+
+    path: Path  # a name for messages
+    entries: Mapping[str, Tensor]
+    metadata: dict[str, str] = field(default_factory=dict)
+
+    def read(self, key: str) -> Tensor:
+        tensor = self.entries[key].detach().cpu()
+        if not bool(torch.isfinite(tensor).all()):
+            raise FormatError(f"{self.path}: the tensor '{key}' holds NaN or infinite numbers.")
+        return tensor
+
+
+def _read(file: Container | _InMemory) -> LoraFile:
+    path = file.path
     halves: dict[str, dict[bool, str]] = {}
     alpha_keys: dict[str, str] = {}
     unread = []
@@ -180,7 +204,9 @@ def _parse(key: str) -> tuple[str, str]:
     return "", ""
 
 
-def _pair(file: Container, module: str, keys: Mapping[bool, str]) -> tuple[Tensor, Tensor]:
+def _pair(
+    file: Container | _InMemory, module: str, keys: Mapping[bool, str]
+) -> tuple[Tensor, Tensor]:
     if len(keys) < 2:
         raise FormatError(
             f"{file.path}: {module} has only one of its two matrices. Get the file again."
@@ -193,7 +219,7 @@ def _pair(file: Container, module: str, keys: Mapping[bool, str]) -> tuple[Tenso
     return a, b
 
 
-def _stated_alpha(file: Container) -> float | None:
+def _stated_alpha(file: Container | _InMemory) -> float | None:
     """The alpha that the file's metadata or PEFT's configuration beside it names, for files without .alpha tensors."""
     if stated := _stated_number(file, "lora_alpha"):
         return stated
@@ -206,20 +232,22 @@ def _stated_alpha(file: Container) -> float | None:
         raise FormatError(f"{beside} does not state lora_alpha as a number.") from e
 
 
-def _alpha(file: Container, key: str) -> float:
+def _alpha(file: Container | _InMemory, key: str) -> float:
     tensor = file.read(key)
     if tensor.numel() != 1:
         raise FormatError(f"{file.path}: {key} must be one number. Got {list(tensor.shape)}.")
     return float(tensor)
 
 
-def _stated_number(file: Container, key: str) -> float | None:
+def _stated_number(file: Container | _InMemory, key: str) -> float | None:
     try:
         number = float(file.metadata[key]) if key in file.metadata else None
     except ValueError:
         number = math.nan
     if number is not None and not (math.isfinite(number) and number != 0):
-        raise FormatError(f"{file.path}: its metadata say {key} = {file.metadata[key]!r}, not a number.")
+        raise FormatError(
+            f"{file.path}: its metadata say {key} = {file.metadata[key]!r}, not a number."
+        )
     return number
 
 
