@@ -3,8 +3,9 @@
 import contextlib
 import functools
 import os
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path, PureWindowsPath
 from typing import Any, ClassVar
 
 import comfy.latent_formats
@@ -22,12 +23,17 @@ from safetensors import SafetensorError, safe_open
 
 import nodes  # the host's, not this package
 
-from ..w2wpp import Layout
-from ..w2wpp.errors import FormatError, LayoutMismatch
+from ..w2wpp import Layout, load_space
+from ..w2wpp.errors import ConfigError, FormatError, LayoutMismatch, W2WError
 
 PACK = Path(__file__).parent.parent
 BUNDLED = PACK / "models"
 CATEGORY = "w2wpp"  # the folder under the host's models/, and its name in extra_model_paths.yaml
+PATTERN = "*.safetensors"
+SD15_HELP = (
+    "A space for Stable Diffusion 1.5 is made from the official weights2weights files, which are for non-commercial use: "
+    "download https://huggingface.co/Snapchat/w2w and run 'w2wpp import-w2w FOLDER -o models/w2wpp/w2w.safetensors'."
+)
 
 
 # Folders
@@ -58,7 +64,80 @@ def space_names() -> list[str]:
 
 
 def space_path(name: str) -> str:
+    if name not in space_names():
+        raise ConfigError(
+            f"There is no space {name!r} in models/{CATEGORY}/. Installed are: {', '.join(space_names()) or 'none'}. "
+            f"{SD15_HELP} Then press R to refresh the lists."
+        )
     return folder_paths.get_full_path_or_raise(CATEGORY, name)
+
+
+def space_header(name: str) -> "SpaceHeader":
+    path = space_path(name)
+    return _space_header(path, file_stamp(path))
+
+
+def attribute_names() -> list[str]:
+    """The attributes that at least one of the installed spaces can edit."""
+    return sorted({a for name in space_names() for a in space_header(name).attributes})
+
+
+def lora_names() -> list[str]:
+    return folder_paths.get_filename_list("loras")
+
+
+def lora_path(name: str) -> str:
+    if name not in lora_names():
+        raise ConfigError(f"There is no LoRA {name!r} in models/loras/. Press R to refresh the list.")
+    return folder_paths.get_full_path_or_raise("loras", name)
+
+
+def identity_files() -> dict[str, str]:
+    """Paths of the identity files that can be loaded, by the name that a user sees."""
+    saved, given = _output_folder(), Path(folder_paths.get_input_directory())
+    found = {f"{path.relative_to(saved).as_posix()} [output]": path for path in saved.rglob(PATTERN)}
+    found |= {f"{path.name} [input]": path for path in given.glob(PATTERN)}
+    roots = (saved.resolve(), given.resolve())
+    inside = {n: str(p) for n, p in found.items() if any(map(p.resolve().is_relative_to, roots))}
+    for name in folder_paths.get_filename_list(CATEGORY):
+        inside[f"{name} [models]"] = folder_paths.get_full_path_or_raise(CATEGORY, name)
+    return {name: inside[name] for name in sorted(inside) if _holds_identity(inside[name])}
+
+
+def identity_path(name: str) -> str:
+    files = identity_files()
+    if name not in files:
+        raise ConfigError(
+            f"There is no identity file {name!r}. Save one with W2W++ Save Identity, or put one into input/, "
+            f"output/{CATEGORY}/ or models/{CATEGORY}/, then press R to refresh the list."
+        )
+    return files[name]
+
+
+def new_identity_file(prefix: str) -> tuple[Path, str]:
+    """A path in the output folder where nothing is yet, and its name as `identity_files` will list it."""
+    root = _output_folder()
+    prefix = prefix.strip().replace("\\", "/") or "identity"
+    if PureWindowsPath(prefix).drive or not (root / prefix).resolve().is_relative_to(root.resolve()):
+        raise ConfigError(
+            f"Identities are saved in the output folder only; the prefix {prefix!r} leads out of it."
+        )
+    folder, name, number, _, _ = folder_paths.get_save_image_path(prefix, str(root))
+    while (path := Path(folder, f"{name}_{number:05}_.safetensors")).exists():
+        number += 1
+    return path, f"{path.relative_to(root).as_posix()} [output]"
+
+
+def _output_folder() -> Path:
+    return Path(folder_paths.get_output_directory(), CATEGORY)
+
+
+def refusal(find: Callable[[str], object], value: str | None) -> bool | str:
+    """What a node's validate_inputs answers: why the value is not there, or True. A linked value comes later."""
+    try:
+        return value is None or find(value) is None or True
+    except W2WError as e:
+        return str(e)
 
 
 def file_stamp(path: str | Path) -> str:
@@ -69,6 +148,28 @@ def file_stamp(path: str | Path) -> str:
 
 def _may_hold_space(path: str) -> bool:
     return _stored_format(path, file_stamp(path)) in ("w2wpp.space", None)
+
+
+def _holds_identity(path: str) -> bool:
+    return _stored_format(path, file_stamp(path)) == "w2wpp.identity"
+
+
+@dataclass(frozen=True)
+class SpaceHeader:
+    """What the lists need to know of a space."""
+
+    fingerprint: str = ""
+    attributes: tuple[str, ...] = ()
+
+
+@functools.lru_cache(maxsize=1024)
+def _space_header(path: str, stamp: str) -> SpaceHeader:
+    """Nothing of a space that can't be read. ``stamp`` keys the cache."""
+    try:
+        space = load_space(path)
+    except W2WError:
+        return SpaceHeader()
+    return SpaceHeader(space.fingerprint, tuple(space.directions))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -104,20 +205,24 @@ def patched(model: Any, layout: Layout, lora: dict[str, torch.Tensor], strength:
     Raises unless every module of ``layout`` is in the model with the layout's shape, because the host only logs what
     it can't place. Strength 0 adds nothing at all, so that not even rounding differs from the bare model.
     """
-    keys = comfy.lora.model_lora_keys_unet(model.model, {})
-    _check_fit(model, layout, keys)
+    check_fit(model, layout)
     copy = model.clone()
     if strength == 0:
         return copy
+    keys = comfy.lora.model_lora_keys_unet(model.model, {})
     added = copy.add_patches(comfy.lora.load_lora(lora, keys), strength)
     if len(added) != len(layout.modules):
         raise LayoutMismatch(
-            f"{_name(model)} took {len(added)} of the {len(layout.modules)} LoRA weights of the layout {layout.name!r}"
+            f"{model_name(model)} took {len(added)} of the {len(layout.modules)} LoRA weights of the layout "
+            f"{layout.name!r}"
         )
     return copy
 
 
-def _check_fit(model: Any, layout: Layout, keys: dict[str, Any]) -> None:
+def check_fit(model: Any, layout: Layout) -> dict[str, str]:
+    """The model's weight for every module of ``layout``, by the module's name; raises unless all are there and fit."""
+    keys = comfy.lora.model_lora_keys_unet(model.model, {})
+    found = {}
     missing = misshapen = 0
     for module in layout.modules:
         key = keys.get("lora_unet_" + module.name.replace(".", "_"))
@@ -126,15 +231,18 @@ def _check_fit(model: Any, layout: Layout, keys: dict[str, Any]) -> None:
             missing += 1
         elif tuple(comfy.utils.get_attr(model.model, key).shape) != expected:
             misshapen += 1
+        else:
+            found[module.name] = key
     if missing or misshapen:
         raise LayoutMismatch(
             f"This identity needs a model of the family {layout.base_model!r} ({len(layout.modules)} attention weights "
-            f"of the layout {layout.name!r}), but the model is {_name(model)}: {missing} of them are missing and "
+            f"of the layout {layout.name!r}), but the model is {model_name(model)}: {missing} of them are missing and "
             f"{misshapen} have another shape. Connect the model that the space was learned on."
         )
+    return found
 
 
-def _name(model: Any) -> str:
+def model_name(model: Any) -> str:
     """What the host calls a model: its configuration, such as SD15 or SDXL, and its class."""
     return f"{type(model.model.model_config).__name__} ({type(model.model).__name__})"
 

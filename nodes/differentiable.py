@@ -1,0 +1,275 @@
+"""Denoising by the user's UNet with LoRAs as an argument, so that a loss has a gradient in them.
+
+With host.py the only file that knows the host's internals. For gradients the UNet is a private one: the host makes its
+weights in inference mode, where autograd can't use them, patches them in place and may move them away. Without
+gradients it is the host's own, with hooks for as long as the block lasts.
+"""
+
+import contextlib
+import gc
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.lora
+import comfy.model_management
+import comfy.model_sampling
+import comfy.ops
+import torch
+from comfy.ldm.modules.attention import SpatialTransformer, attention_pytorch
+from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..w2wpp import Layout
+from ..w2wpp.errors import ConfigError, LayoutMismatch
+from . import host
+
+PREFIX = "diffusion_model."
+# Numbers that autograd keeps for each picture, latent pixel and channel of the first block, measured on SD 1.5 and on
+# the avatar model (benchmarks/inversion_speed.py): all of them, and those that checkpointing leaves.
+KEPT, KEPT_CHECKPOINTED = 500, 60
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the UNet is run; what memory and device allow."""
+
+    device: torch.device
+    dtype: torch.dtype
+    gradients: bool
+    checkpointing: bool
+    activations: int  # bytes, estimated
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        if not self.gradients:
+            return f"forward passes on {self.device} in {dtype}"
+        how = "with" if self.checkpointing else "without"
+        return f"gradients on {self.device} in {dtype}, {how} checkpointing"
+
+
+def plan(
+    model: Any, latents: tuple[int, ...], *, gradients: bool, checkpointing: bool | None = None
+) -> Plan:
+    """Choose for batches of ``latents`` [N, C, H, W]; ``checkpointing`` overrules what free memory says."""
+    device = model.load_device
+    own = model.model.manual_cast_dtype or model.model.get_dtype()
+    if not gradients:
+        return Plan(device, own, False, False, 0)
+    dtype = torch.float32
+    if own != torch.float32 and comfy.model_management.should_use_bf16(device):
+        dtype = torch.bfloat16  # half precision underflows on the way back
+    count, _, height, width = latents
+    numbers = count * height * width * model.model.model_config.unet_config["model_channels"]
+    numbers //= model.model.model_config.unet_config.get("fold", 1) ** 2
+    full, less = (dtype.itemsize * kept * numbers for kept in (KEPT, KEPT_CHECKPOINTED))
+    if checkpointing is None:
+        weights = sum(p.numel() for p in model.model.diffusion_model.parameters()) * dtype.itemsize
+        free = comfy.model_management.get_free_memory(device)
+        if device.type != "cpu":  # what other models hold there can be moved away
+            free = max(free, int(0.9 * comfy.model_management.get_total_memory(device)))
+        checkpointing = full + weights > 0.8 * free
+    return Plan(device, dtype, True, checkpointing, less if checkpointing else full)
+
+
+class Denoiser:
+    """``denoise(noisy [N, C, H, W], timestep [N], vectors [B, P])`` -> prediction [N, C, H, W].
+
+    Rows are ordered by LoRA, N a multiple of B.
+    """
+
+    def __init__(
+        self,
+        unet: nn.Module,
+        layout: Layout,
+        modules: dict[str, nn.Module],
+        context: Tensor,
+        times: Tensor,
+        plan: Plan,
+    ) -> None:
+        self.plan = plan
+        self.evaluations = 0  # rows that went through the UNet
+        self._unet, self._layout, self._modules = unet, layout, modules
+        self._context = context  # [1, tokens, channels]
+        self._times = times  # [T] as the UNet wants them
+        self._lora: dict[str, tuple[Tensor, Tensor]] = {}
+        self._options: dict[str, Any] = {}
+        if plan.gradients:
+            self._options["optimized_attention_override"] = _attention
+
+    def __call__(self, noisy: Tensor, timestep: Tensor, vectors: Tensor) -> Tensor:
+        place = {"device": self.plan.device, "dtype": self.plan.dtype}
+        self._lora = self._layout.unpack(vectors.to(**place))
+        self.evaluations += len(noisy)
+        times = self._times[timestep.to(self._times.device)]
+        context = self._context.expand(len(noisy), -1, -1)
+        predicted = self._unet(
+            noisy.to(**place), times, context=context, transformer_options=dict(self._options)
+        )
+        return predicted.float()
+
+    @contextlib.contextmanager
+    def hooked(self) -> Iterator["Denoiser"]:
+        """Within the block the UNet's linear layers add the LoRAs of the last call."""
+        handles: list[Any] = []
+        try:
+            for name, module in self._modules.items():
+                handles.append(module.register_forward_hook(self._hook(name)))
+            yield self
+        finally:
+            for handle in handles:
+                handle.remove()
+            self._lora = {}
+            del self._unet, self._modules  # whoever still holds the denoiser holds no weights
+
+    def recompute(self) -> None:
+        """Keep only the inputs of the UNet's blocks for the way back, and run each block again there."""
+        for block in self._unet.modules():
+            if isinstance(block, ResBlock | SpatialTransformer):
+                block.forward = self._recomputed(block.forward)
+
+    def _recomputed(self, forward: Callable) -> Callable:
+        def outer(*args: Any, **kwargs: Any) -> Tensor:
+            lora = self._lora  # of this call; a later one may come before the way back
+
+            def inner(*args: Any, **kwargs: Any) -> Tensor:
+                before, self._lora = self._lora, lora
+                try:
+                    return forward(*args, **kwargs)
+                finally:
+                    self._lora = before
+
+            return checkpoint(inner, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+        return outer
+
+    def _hook(self, name: str) -> Callable:
+        """Add scale * (x A^T) B^T in one fused product: x [N, n, in], A [B, r, in], B [B, out, r]."""
+        scale = self._layout.scale
+
+        def add(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            down, up = self._lora[name]
+            x = inputs[0]
+            if len(down) == 1:
+                low = x.reshape(-1, x.shape[-1]) @ down[0].T
+                flat, factors = output.reshape(-1, output.shape[-1]), (low, up[0].T)
+            else:
+                low = x.reshape(len(down), -1, x.shape[-1]) @ down.transpose(1, 2)
+                flat = output.reshape(len(up), -1, output.shape[-1])
+                factors = low, up.transpose(1, 2)
+            product = torch.addmm if len(down) == 1 else torch.baddbmm
+            if torch.is_grad_enabled():
+                return product(flat, *factors, alpha=scale).reshape(output.shape)
+            return product(flat, *factors, alpha=scale, out=flat).reshape(output.shape)
+
+        return add
+
+
+def _attention(_: Callable, *args: Any, **kwargs: Any) -> Tensor:
+    """In place of whatever kernel the host picked: some have no backward, some one that fails when memory is short."""
+    return attention_pytorch(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def denoiser(model: Any, layout: Layout, conditioning: list, plan: Plan) -> Iterator[Denoiser]:
+    """The UNet of ``model`` with its patches, under a prompt. Nothing stays behind when the block is left."""
+    keys = host.check_fit(model, layout)
+    _check_inputs(model)
+    times, _ = schedule(model)
+    try:
+        if plan.gradients:
+            comfy.model_management.free_memory(_bytes(model, plan), plan.device)
+            unet = _private_unet(model, plan)
+        else:
+            comfy.model_management.load_models_gpu([model], memory_required=plan.activations)
+            unet = model.model.diffusion_model
+        names = {
+            m.name: keys[m.name].removeprefix(PREFIX).removesuffix(".weight")
+            for m in layout.modules
+        }
+        modules = {name: unet.get_submodule(path) for name, path in names.items()}
+        context = _context(conditioning).to(device=plan.device, dtype=plan.dtype)
+        denoise = Denoiser(unet, layout, modules, context, times.to(plan.device), plan)
+        if plan.checkpointing:
+            denoise.recompute()
+        with denoise.hooked():
+            yield denoise
+    finally:
+        unet = denoise = modules = None
+        gc.collect()  # checkpointed blocks refer to themselves
+        comfy.model_management.soft_empty_cache()
+
+
+def schedule(model: Any) -> tuple[Tensor, tuple[Tensor, str]]:
+    """Timesteps as the UNet wants them [T], and the noise schedule: alphas_cumprod [T] with the kind of prediction."""
+    sampling = model.get_model_object("model_sampling")
+    known = (comfy.model_sampling.V_PREDICTION, "v_prediction"), (comfy.model_sampling.EPS, "eps")
+    others = (
+        comfy.model_sampling.EDM,
+        comfy.model_sampling.X0,
+        comfy.model_sampling.ModelSamplingDiscreteEDM,
+    )
+    kind = next((name for cls, name in known if isinstance(sampling, cls)), None)
+    discrete = isinstance(sampling, comfy.model_sampling.ModelSamplingDiscrete)
+    if kind is None or not discrete or isinstance(sampling, others):
+        raise ConfigError(
+            f"Inversion knows models that predict eps or v on discrete timesteps; {host.model_name(model)} samples as "
+            f"{', '.join(c.__name__ for c in type(sampling).__mro__[1:3])}."
+        )
+    sigmas = sampling.sigmas.detach().clone().float()
+    return sampling.timestep(sigmas).float(), (1 / (sigmas.double() ** 2 + 1), kind)
+
+
+def _check_inputs(model: Any) -> None:
+    base = model.model
+    wanted = base.model_config.unet_config["in_channels"]
+    given = base.latent_format.latent_channels * base.model_config.unet_config.get("fold", 1) ** 2
+    if base.concat_keys or wanted != given:
+        raise LayoutMismatch(
+            f"{host.model_name(model)} is an inpainting model or one like it: its UNet reads {wanted} channels, "
+            f"of which {given} are the picture. Invert with the ordinary checkpoint of the same family; the "
+            "identity can be applied to the inpainting model afterwards."
+        )
+
+
+def _context(conditioning: list) -> Tensor:
+    """The prompt's tokens [1, tokens, channels]."""
+    if len(conditioning) != 1 or len(conditioning[0][0]) != 1:
+        raise ConfigError(
+            f"Inversion takes one prompt. Got {len(conditioning)} combined ones; connect a single CLIP Text Encode."
+        )
+    return conditioning[0][0].detach().clone()
+
+
+def _bytes(model: Any, plan: Plan) -> int:
+    weights = sum(p.numel() for p in model.model.diffusion_model.parameters())
+    return weights * plan.dtype.itemsize + plan.activations
+
+
+def _private_unet(model: Any, plan: Plan) -> nn.Module:
+    """A UNet whose weights are ordinary tensors with the model's patches in them; they are shared where they are equal
+    to the host's, which nothing here writes to."""
+    weights = {
+        key.removeprefix(PREFIX): _weight(key, entry, plan)
+        for key, entry in model.get_key_patches(PREFIX).items()
+    }
+    config = {**model.model.model_config.unet_config, "dtype": plan.dtype}
+    kind = type(model.model.diffusion_model)
+    unet = kind(**config, device="meta", operations=comfy.ops.disable_weight_init)
+    unet.load_state_dict(weights, strict=True, assign=True)
+    return unet.requires_grad_(False).eval()
+
+
+def _weight(key: str, entry: list, plan: Plan) -> Tensor:
+    (weight, convert), *patches = entry
+    weight = weight.detach()
+    as_is = weight.device.type == plan.device.type == "cpu" and weight.dtype == plan.dtype
+    if as_is and not patches:
+        shared = convert(weight, inplace=False)
+        return torch.from_dlpack(shared) if shared.is_inference() else shared
+    weight = convert(weight.to(device=plan.device, dtype=torch.float32, copy=True), inplace=True)
+    if patches:
+        weight = comfy.lora.calculate_weight(patches, weight, key)
+    weight = weight.to(plan.dtype)
+    return weight.clone() if weight.is_inference() else weight
