@@ -24,12 +24,13 @@ from torch import Tensor
 
 from .basis import AffineBasis, AnyBasis, Basis
 from .codecs import Codec, build_codec
-from .container import Container, open_container, write_container
+from .container import Container, Streamed, open_container, write_container
 from .errors import ConfigError, FormatError, SpaceMismatch
 from .layout import Layout
 from .space import Space, compact
 
 FORMAT = "w2wpp.space"
+COPY_BYTES = 64 * 2**20
 FLOATS = (torch.float16, torch.float32)
 
 
@@ -74,6 +75,35 @@ def load_space(path: str | os.PathLike[str]) -> Space:
         fingerprint
     )  # as written; computing it would read every tensor
     return space
+
+
+def save_directions(
+    source: str | os.PathLike[str],
+    path: str | os.PathLike[str],
+    directions: Mapping[str, Tensor],
+    report: Mapping[str, Any],
+) -> None:
+    """A copy of a space file with attribute directions [d] added or replaced, under provenance["directions"].
+
+    Everything else stays as it is, byte by byte, also what this release does not know.
+    """
+    latent_size = load_space(source).latent_size
+    file = open_container(source, FORMAT)
+    wrong = [n for n, t in directions.items() if tuple(t.shape) != (latent_size,)]
+    if wrong or not all(bool(torch.isfinite(t).all()) for t in directions.values()):
+        raise ConfigError(f"Directions of this space are [{latent_size}], finite: {wrong}.")
+    tensors: dict[str, Tensor | Streamed] = {n: _copied(file, n) for n in file.entries}
+    tensors.update({f"direction.{n}": compact(t.detach().cpu()) for n, t in directions.items()})
+    provenance = {**file.config["provenance"], "directions": dict(report)}
+    own = ("format", "format_version", "config")
+    write_container(
+        path,
+        tensors,
+        format=FORMAT,
+        version=file.metadata["format_version"],
+        config={**file.config, "provenance": provenance},
+        metadata={k: v for k, v in file.metadata.items() if k not in own},
+    )
 
 
 def find_space(fingerprint: str, folders: Iterable[Path] = ()) -> Path:
@@ -124,6 +154,17 @@ def _check_budget(file: Container, config: Mapping[str, Any]) -> None:
     held = sum(math.prod(e.shape) for n, e in file.entries.items() if n.startswith("codec."))
     if config.get("hidden") and max(sizes) > held:
         raise ConfigError(f"the codec claims sizes {sizes} but holds {held} numbers")
+
+
+def _copied(file: Container, name: str) -> Tensor | Streamed:
+    """A tensor as it stands in a file, in pieces of bounded size."""
+    entry = file.entries[name]
+    if not entry.shape or not entry.shape[0]:
+        return file.read(name, finite=False)
+    rows = max(1, COPY_BYTES * entry.shape[0] // max(1, entry.stop - entry.start))
+    starts = range(0, entry.shape[0], rows)
+    chunks = (file.read_rows(name, i, i + rows, finite=False) for i in starts)
+    return Streamed(entry.dtype, entry.shape, chunks)
 
 
 def _single(file: Container, name: str) -> Tensor:

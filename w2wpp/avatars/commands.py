@@ -49,6 +49,15 @@ def register(verbs: Any) -> None:
         "--ship", action="store_true", help="also write the shipped ones to models/"
     )
 
+    directions = _stage(stages, "directions", "find and measure attribute directions")
+    directions.add_argument(
+        "--space", nargs="+", type=Path, metavar="SPACE", help="default: both that ship"
+    )
+    directions.add_argument("--data", type=Path, help="data set with labels (default: as above)")
+    directions.add_argument("--people", type=int, default=32, help="half held out, half drawn")
+    directions.add_argument("--ship", action="store_true", help="store what passes in the spaces")
+    directions.add_argument("-o", "--output", type=Path, default=RESULTS / "directions.json")
+
     _stage(stages, "list", "write models/README.md: sizes and checksums of what ships")
 
 

@@ -14,8 +14,10 @@ from typing import Any
 
 import torch
 
+from ..spacefile import load_space, save_directions
 from ..training.dataset import VectorDataset, load_dataset
-from . import evaluation, spaces
+from ..training.directions import report, space_directions
+from . import directions, evaluation, spaces
 from .base import save_base
 from .catalogue import catalogue
 from .commands import MODELS
@@ -27,6 +29,8 @@ from .loras import LoraSet, build_loras
 from .studio import Studio, open_studio
 from .train_base import BaseTraining, launch_base
 from .train_embedder import EmbedderTraining, measure_embedder, train_embedder
+
+READABLE = 0.1  # R2 on held-out people below which latents do not tell an attribute
 
 
 def run_demo(args: Namespace) -> dict[str, Any]:
@@ -108,6 +112,36 @@ def run_evaluate(args: Namespace) -> dict[str, Any]:
         args.output.with_suffix(".md").write_text(evaluation.table(rows) + "\n", encoding="utf-8")
         evaluation.draw(args.space, protocol, args.output.with_suffix(""))
     return result
+
+
+def run_directions(args: Namespace) -> dict[str, Any]:
+    started, dataset = time.monotonic(), _dataset(args)
+    paths = args.space or [MODELS / "avatars.safetensors", MODELS / "avatars-pca.safetensors"]
+    studio = replace(_studio(), pictures=1)
+    tables, results = [], {}
+    for path in paths:
+        space = load_space(path)
+        found = space_directions(space, dataset)
+        names = [n for n, r2 in zip(found.names, found.r2.tolist()) if r2 >= READABLE]
+        debiased = space_directions(space, dataset, only=names)
+        naive = space_directions(space, dataset, only=names, debias=False)
+        crowd = directions.people(space, dataset, args.people, studio.seed)
+        rows = directions.measure_directions(space, debiased, naive, studio, crowd, callback=_log)
+        results[path.stem] = {"rows": rows, "readings": report(found, True)}
+        tables.append(f"## {path.stem}\n\n{directions.table(rows)}\n")
+        if args.ship:
+            kept = {n: v for n, v in debiased.as_mapping().items() if rows[n]["passes"]}
+            save_directions(path, path, kept, report(debiased, True))
+    result = {
+        "people": args.people,
+        "strengths": directions.STRENGTHS,
+        "spaces": results,
+        "hardware": _hardware(),
+        "seconds": round(time.monotonic() - started),
+    }
+    _write_json(args.output, result)
+    args.output.with_suffix(".md").write_text("\n".join(tables), encoding="utf-8")
+    return {"written": str(args.output)}
 
 
 def run_list(args: Namespace) -> dict[str, Any]:

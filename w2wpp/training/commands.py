@@ -20,7 +20,7 @@ from ..container import open_container
 from ..errors import ConfigError, DataError, FormatError
 from ..layout import SD15, Layout
 from ..lorafile import load_lora
-from ..spacefile import save_space
+from ..spacefile import load_space, save_directions, save_space
 from .coefficients import (
     Coefficients,
     load_coefficients,
@@ -29,6 +29,8 @@ from .coefficients import (
 )
 from .config import VaeTraining, seed_training
 from .dataset import holdout_by_identity, load_dataset, write_dataset
+from .directions import report as directions_report
+from .directions import space_directions
 from .fit_basis import STANDARDISE, fit_basis
 from .fit_vae import fit_vae, linear_space
 from .report import without_curves
@@ -90,6 +92,30 @@ def register(verbs: Any) -> None:
         p.add_argument(f"--{fact}", default="", help="stored in the space file")
     p.add_argument("-o", "--output", required=True, metavar="SPACE")
     p.set_defaults(run=train)
+    _register_directions(verbs)
+
+
+def _register_directions(verbs: Any) -> None:
+    p = verbs.add_parser("directions", help="give a space attribute directions to edit along")
+    p.add_argument("space", metavar="SPACE")
+    p.add_argument("data", metavar="DATA", help="a data set with labels")
+    p.add_argument("--only", nargs="+", metavar="NAME", help="these attributes (default: all)")
+    p.add_argument(
+        "--against", nargs="+", metavar="NAME", help="stay clear of these (default: all)"
+    )
+    p.add_argument("--naive", action="store_true", help="plain least squares, without de-biasing")
+    p.add_argument("-o", "--output", required=True, metavar="SPACE")
+    p.set_defaults(run=directions)
+
+
+def directions(args: argparse.Namespace) -> dict[str, Any]:
+    space, data = load_space(args.space), load_dataset(args.data)
+    found = space_directions(
+        space, data, only=args.only, debias=not args.naive, against=args.against
+    )
+    facts = directions_report(found, not args.naive)
+    save_directions(args.space, args.output, found.as_mapping(), facts)
+    return {"space": args.output, "fingerprint": space.fingerprint, "directions": facts}
 
 
 def dataset(args: argparse.Namespace) -> dict[str, Any]:
