@@ -5,14 +5,23 @@ from comfy_api.latest import ComfyExtension, io
 from . import host
 from .apply import ApplyDecodedLora
 from .avatars import LoadAvatarModel
-from .identities import Interpolate, SampleIdentity
-from .spaces import LoadSpace
+from .edits import EditIdentity
+from .encoding import EncodeLora
+from .identities import Interpolate, PickIdentity, SampleIdentity
+from .identity_files import LoadIdentity, SaveIdentity
+from .spaces import LoadSpace, SpaceInfo
 
 NODES: list[type[io.ComfyNode]] = [
     LoadSpace,
     SampleIdentity,
+    EncodeLora,
+    LoadIdentity,
     Interpolate,
+    PickIdentity,
+    EditIdentity,
     ApplyDecodedLora,
+    SaveIdentity,
+    SpaceInfo,
     LoadAvatarModel,
 ]
 

@@ -31,6 +31,16 @@ class ApplyDecodedLora(io.ComfyNode):
                     step=0.05,
                     tooltip="How much of the LoRA is added: 1 is the identity, 0 leaves the model as it was.",
                 ),
+                io.Float.Input(
+                    "start_percent",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    optional=True,
+                    tooltip="From which share of the sampling on the LoRA acts. 0 is from the start. Later leaves the "
+                    "composition to the model and changes the face only, 1 is never.",
+                ),
             ],
             outputs=[
                 io.Model.Output(
@@ -48,11 +58,11 @@ class ApplyDecodedLora(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, identity, strength: float) -> io.NodeOutput:
+    def execute(cls, model, identity, strength: float, start_percent: float = 0.0) -> io.NodeOutput:
         layout = identity.space.layout
         with host.ordinary_tensors():
             # One at a time: a matrix product over several people would round differently than over one.
             vectors = [person.vectors(identity.space)[0] for person in identity.identity]
             loras = [kohya_tensors(layout.unpack(vector), layout.alpha) for vector in vectors]
-            models = [host.patched(model, layout, lora, strength) for lora in loras]
+            models = [host.patched(model, layout, lora, strength, start_percent) for lora in loras]
         return io.NodeOutput(models, loras)

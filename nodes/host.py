@@ -1,8 +1,11 @@
 """The only file that knows the host's internals: folders, model patches, the avatar base as a model of the host's."""
 
+from __future__ import annotations
+
 import contextlib
 import functools
 import os
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
@@ -13,6 +16,7 @@ import comfy.lora
 import comfy.model_base
 import comfy.model_management
 import comfy.model_patcher
+import comfy.patcher_extension
 import comfy.sd
 import comfy.supported_models_base
 import comfy.utils
@@ -31,8 +35,9 @@ BUNDLED = PACK / "models"
 CATEGORY = "w2wpp"  # the folder under the host's models/, and its name in extra_model_paths.yaml
 PATTERN = "*.safetensors"
 SD15_HELP = (
-    "A space for Stable Diffusion 1.5 is made from the official weights2weights files, which are for non-commercial use: "
-    "download https://huggingface.co/Snapchat/w2w and run 'w2wpp import-w2w FOLDER -o models/w2wpp/w2w.safetensors'."
+    "A space for Stable Diffusion 1.5 is made from the official weights2weights files, for non-commercial use: "
+    "download the folder 'files' of https://huggingface.co/snap-research/weights2weights and run "
+    "'w2wpp import-w2w files -o models/w2wpp/w2w.safetensors'."
 )
 
 
@@ -59,8 +64,7 @@ def register_help() -> None:
 
 def space_names() -> list[str]:
     """Names of the files that hold spaces, or may: one that can't be read stays, so that loading it says why."""
-    names = folder_paths.get_filename_list(CATEGORY)
-    return [name for name in names if _may_hold_space(space_path(name))]
+    return [name for name, path in _model_files().items() if _may_hold_space(path)]
 
 
 def space_path(name: str) -> str:
@@ -69,10 +73,10 @@ def space_path(name: str) -> str:
             f"There is no space {name!r} in models/{CATEGORY}/. Installed are: {', '.join(space_names()) or 'none'}. "
             f"{SD15_HELP} Then press R to refresh the lists."
         )
-    return folder_paths.get_full_path_or_raise(CATEGORY, name)
+    return _model_files()[name]
 
 
-def space_header(name: str) -> "SpaceHeader":
+def space_header(name: str) -> SpaceHeader:
     path = space_path(name)
     return _space_header(path, file_stamp(path))
 
@@ -88,19 +92,22 @@ def lora_names() -> list[str]:
 
 def lora_path(name: str) -> str:
     if name not in lora_names():
-        raise ConfigError(f"There is no LoRA {name!r} in models/loras/. Press R to refresh the list.")
+        raise ConfigError(
+            f"There is no LoRA {name!r} in models/loras/. Press R to refresh the list."
+        )
     return folder_paths.get_full_path_or_raise("loras", name)
 
 
 def identity_files() -> dict[str, str]:
     """Paths of the identity files that can be loaded, by the name that a user sees."""
     saved, given = _output_folder(), Path(folder_paths.get_input_directory())
-    found = {f"{path.relative_to(saved).as_posix()} [output]": path for path in saved.rglob(PATTERN)}
+    found = {
+        f"{path.relative_to(saved).as_posix()} [output]": path for path in saved.rglob(PATTERN)
+    }
     found |= {f"{path.name} [input]": path for path in given.glob(PATTERN)}
     roots = (saved.resolve(), given.resolve())
     inside = {n: str(p) for n, p in found.items() if any(map(p.resolve().is_relative_to, roots))}
-    for name in folder_paths.get_filename_list(CATEGORY):
-        inside[f"{name} [models]"] = folder_paths.get_full_path_or_raise(CATEGORY, name)
+    inside |= {f"{name} [models]": path for name, path in _model_files().items()}
     return {name: inside[name] for name in sorted(inside) if _holds_identity(inside[name])}
 
 
@@ -118,7 +125,9 @@ def new_identity_file(prefix: str) -> tuple[Path, str]:
     """A path in the output folder where nothing is yet, and its name as `identity_files` will list it."""
     root = _output_folder()
     prefix = prefix.strip().replace("\\", "/") or "identity"
-    if PureWindowsPath(prefix).drive or not (root / prefix).resolve().is_relative_to(root.resolve()):
+    if PureWindowsPath(prefix).drive or not (root / prefix).resolve().is_relative_to(
+        root.resolve()
+    ):
         raise ConfigError(
             f"Identities are saved in the output folder only; the prefix {prefix!r} leads out of it."
         )
@@ -128,6 +137,12 @@ def new_identity_file(prefix: str) -> tuple[Path, str]:
     return path, f"{path.relative_to(root).as_posix()} [output]"
 
 
+def _model_files() -> dict[str, str]:
+    names = folder_paths.get_filename_list(CATEGORY)
+    paths = {name: folder_paths.get_full_path(CATEGORY, name) for name in names}
+    return {name: path for name, path in paths.items() if path}  # a link may lead nowhere
+
+
 def _output_folder() -> Path:
     return Path(folder_paths.get_output_directory(), CATEGORY)
 
@@ -135,9 +150,11 @@ def _output_folder() -> Path:
 def refusal(find: Callable[[str], object], value: str | None) -> bool | str:
     """What a node's validate_inputs answers: why the value is not there, or True. A linked value comes later."""
     try:
-        return value is None or find(value) is None or True
+        if value is not None:
+            find(value)
     except W2WError as e:
         return str(e)
+    return True
 
 
 def file_stamp(path: str | Path) -> str:
@@ -199,24 +216,76 @@ def ordinary_tensors() -> Iterator[None]:
 # Patches
 
 
-def patched(model: Any, layout: Layout, lora: dict[str, torch.Tensor], strength: float) -> Any:
+def patched(
+    model: Any, layout: Layout, lora: dict[str, torch.Tensor], strength: float, start: float = 0.0
+) -> Any:
     """A copy of ``model`` with a LoRA in kohya's spelling added; the model itself is not changed.
 
     Raises unless every module of ``layout`` is in the model with the layout's shape, because the host only logs what
-    it can't place. Strength 0 adds nothing at all, so that not even rounding differs from the bare model.
+    it can't place. Strength 0 adds nothing at all, so that not even rounding differs from the bare model. With
+    ``start`` the LoRA only acts from that share of the sampling on.
     """
     check_fit(model, layout)
     copy = model.clone()
     if strength == 0:
         return copy
     keys = comfy.lora.model_lora_keys_unet(model.model, {})
-    added = copy.add_patches(comfy.lora.load_lora(lora, keys), strength)
+    patches = comfy.lora.load_lora(lora, keys)
+    added = (
+        _delay(copy, patches, strength, start) if start > 0 else copy.add_patches(patches, strength)
+    )
     if len(added) != len(layout.modules):
         raise LayoutMismatch(
             f"{model_name(model)} took {len(added)} of the {len(layout.modules)} LoRA weights of the layout "
             f"{layout.name!r}"
         )
     return copy
+
+
+class _Gate:
+    """Open while the model is asked about noise at or below the level at which ``start`` of the sampling is over."""
+
+    def __init__(self, start: float) -> None:
+        self.start, self.is_open = start, False
+
+    def __call__(
+        self, apply_model: Any, x: torch.Tensor, sigma: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        level = apply_model.class_obj.model_sampling.percent_to_sigma(self.start)
+        self.is_open = float(sigma.max()) <= level
+        return apply_model(x, sigma, *args, **kwargs)
+
+
+@dataclass(frozen=True)
+class _DelayedPatch:
+    """What the host asks for a weight each time it is used: the patched one while the gate is open."""
+
+    gate: _Gate
+    key: str
+    patch: tuple
+
+    def __call__(self, weight: torch.Tensor) -> torch.Tensor:
+        if not self.gate.is_open:
+            return weight
+        return comfy.lora.calculate_weight([self.patch], weight.clone(), self.key, weight.dtype)
+
+
+def _delay(model: Any, patches: dict[str, Any], strength: float, start: float) -> list[str]:
+    """Add patches that act from ``start`` of the sampling on; returns the keys of the weights.
+
+    The weights themselves stay as they are and are patched while they are used. The host's weight hooks would do it
+    otherwise, but they sit on conditionings, and need a second copy of a model that is streamed to the GPU.
+    """
+    gate = _Gate(start)
+    known = model.model_state_dict()
+    added = [key for key in patches if key in known]
+    for key in added:
+        patch = (strength, patches[key], 1.0, None, None)
+        model.add_weight_wrapper(key, _DelayedPatch(gate, key, patch))
+    model.add_wrapper(comfy.patcher_extension.WrappersMP.APPLY_MODEL, gate)
+    # Or the host takes the weights that it has loaded for another copy, without wrappers, for this one's.
+    model.patches_uuid = uuid.uuid4()
+    return added
 
 
 def check_fit(model: Any, layout: Layout) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""New identities: drawn from a space, or between two others."""
+"""Identities from a space, between two others, or one of several."""
 
 import torch
 from comfy_api.latest import io
@@ -124,3 +124,33 @@ class Interpolate(io.ComfyNode):
                 identity_a.identity, identity_b.identity, positions=stops, mode=mode
             )
         return io.NodeOutput(People(walk, identity_a.space))
+
+
+class PickIdentity(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="W2WPP_PickIdentity",
+            display_name="W2W++ Pick Identity",
+            description="Takes one person out of several.",
+            search_aliases=["select face", "choose identity", "from batch", "weights2weights"],
+            inputs=[
+                IdentitySocket.Input("identity", tooltip="Several people."),
+                io.Int.Input(
+                    "index",
+                    default=0,
+                    min=0,
+                    max=4095,
+                    tooltip="Which of them: 0 is the first.",
+                ),
+            ],
+            outputs=[IdentitySocket.Output(display_name="identity", tooltip="That person alone.")],
+        )
+
+    @classmethod
+    def execute(cls, identity, index: int) -> io.NodeOutput:
+        if index >= len(identity):
+            raise w2wpp.ConfigError(
+                f"There is nobody with index {index}: the {len(identity)} connected go from 0 to {len(identity) - 1}."
+            )
+        return io.NodeOutput(People(identity.identity[index], identity.space))

@@ -1,6 +1,9 @@
 """Spaces of identities, from files."""
 
-from comfy_api.latest import io
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from comfy_api.latest import io, ui
 
 from .. import w2wpp
 from . import host
@@ -35,9 +38,68 @@ class LoadSpace(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, space: str | None = None):
+        return host.refusal(host.space_path, space)
+
+    @classmethod
     def fingerprint_inputs(cls, space: str = ""):
         return host.file_stamp(host.space_path(space))
 
     @classmethod
     def execute(cls, space: str) -> io.NodeOutput:
         return io.NodeOutput(w2wpp.load_space(host.space_path(space)))
+
+
+class SpaceInfo(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="W2WPP_SpaceInfo",
+            display_name="W2W++ Space Info",
+            description="Tells what a space is: its model and prompt, its licence, its attributes, how it was trained.",
+            search_aliases=[
+                "space licence",
+                "list attributes",
+                "trigger prompt",
+                "weights2weights",
+            ],
+            inputs=[SpaceSocket.Input("space", tooltip="The space, from W2W++ Load Space.")],
+            outputs=[
+                io.String.Output(display_name="text", tooltip="All of it as text."),
+                io.String.Output(
+                    display_name="trigger_prompt",
+                    tooltip="The words that call the person up in a prompt, for a text encoder.",
+                ),
+            ],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, space) -> io.NodeOutput:
+        text = describe(space)
+        return io.NodeOutput(text, space.trigger_prompt, ui=ui.PreviewText(text))
+
+
+def describe(space: w2wpp.Space) -> str:
+    layout = space.layout
+    facts = {
+        "name": f"{space.name} {space.version}".strip(),
+        "licence": space.licence or "not stated",
+        "base model": space.provenance.get("base_model", space.base_model),
+        "trigger prompt": space.trigger_prompt or "not stated",
+        "attributes": ", ".join(sorted(space.directions)) or "none",
+        "LoRA": f"{len(layout.modules)} modules of rank {layout.rank}, alpha {layout.alpha:g}, {layout.size:,} numbers",
+        "latents": f"{space.latent_size}, by the codec {space.codec.name} over {space.basis.rank} components",
+        "fingerprint": space.fingerprint,
+        **{f"training: {name}": value for name, value in _figures(space.training_report)},
+    }
+    return "\n".join(f"{name}: {value}" for name, value in facts.items())
+
+
+def _figures(report: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The single figures of a training report, without its settings and its curves."""
+    for name, value in report.items():
+        if isinstance(value, Mapping) and name not in ("settings", "codec"):
+            yield from _figures(value, f"{prefix}{name} ")
+        elif isinstance(value, str | int | float):
+            yield f"{prefix}{name}", value

@@ -17,8 +17,14 @@ from .server import PACK_FOLDER, REPO, Host, PromptFailed
 NAMES = {
     "W2WPP_LoadSpace": "W2W++ Load Space",
     "W2WPP_SampleIdentity": "W2W++ Sample Identity",
+    "W2WPP_EncodeLora": "W2W++ Encode LoRA",
+    "W2WPP_LoadIdentity": "W2W++ Load Identity",
     "W2WPP_Interpolate": "W2W++ Interpolate",
+    "W2WPP_PickIdentity": "W2W++ Pick Identity",
+    "W2WPP_EditIdentity": "W2W++ Edit Identity",
     "W2WPP_ApplyDecodedLora": "W2W++ Apply Decoded LoRA",
+    "W2WPP_SaveIdentity": "W2W++ Save Identity",
+    "W2WPP_SpaceInfo": "W2W++ Space Info",
     "W2WPP_LoadAvatarModel": "W2W++ Load Avatar Model",
 }  # saved workflows hold these ids: they never change
 
