@@ -13,13 +13,15 @@ PACK = "w2wpp_pack"
 
 
 def enter(host: Path) -> None:
-    """Make ``comfy`` and the pack importable; the host's arguments are read on import, so they are set here."""
-    sys.argv = [sys.argv[0], "--cpu"]
-    sys.path[:] = [
-        p for p in sys.path if Path(p or ".").resolve() != REPO
-    ]  # its nodes/ is not the host's nodes.py
-    sys.path.insert(0, str(host))
+    """Make ``comfy`` and the pack importable; its arguments are read on import."""
+    others = [p for p in sys.path if Path(p or ".").resolve() != REPO]
+    sys.path[:] = [str(host), *others, str(REPO)]  # `nodes` is the host's
     importlib.import_module("comfy.options").enable_args_parsing()
+    given, sys.argv = sys.argv, [sys.argv[0], "--cpu"]
+    try:
+        importlib.import_module("comfy.cli_args")
+    finally:
+        sys.argv = given
     spec = importlib.util.spec_from_file_location(
         PACK, REPO / "__init__.py", submodule_search_locations=[str(REPO)]
     )

@@ -4,7 +4,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from . import host
 from .apply import ApplyDecodedLora
-from .avatars import LoadAvatarModel
+from .avatars import ExamplePortrait, LoadAvatarModel
 from .edits import EditIdentity
 from .encoding import EncodeLora
 from .identities import Interpolate, PickIdentity, SampleIdentity
@@ -23,6 +23,7 @@ NODES: list[type[io.ComfyNode]] = [
     SaveIdentity,
     SpaceInfo,
     LoadAvatarModel,
+    ExamplePortrait,
 ]
 
 

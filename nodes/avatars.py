@@ -13,6 +13,7 @@ from ..w2wpp.errors import FormatError
 from . import host
 from .types import schema
 
+PORTRAIT_FILE = host.PACK / "example_workflows" / "avatar_portrait.png"
 BASE_FILE = host.BUNDLED / "avatar-base.safetensors"
 ANY = "any"  # shown for the empty word, which leaves the choice to the model
 
@@ -94,6 +95,32 @@ class LoadAvatarModel(io.ComfyNode):
                 host.pixel_vae(),
                 host.empty_pictures(pictures, config["image_size"]),
             )
+
+
+class ExamplePortrait(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="W2WPP_ExamplePortrait",
+            display_name="W2W++ Example Portrait",
+            description="A picture to try W2W++ Invert from Image on: an avatar whom the bundled spaces have never "
+            "seen, smiling before a blue background.",
+            search_aliases=["example image", "demo picture", "test portrait", "weights2weights"],
+            inputs=[],
+            outputs=[
+                io.Image.Output(display_name="image", tooltip="The portrait, 32x32."),
+                io.Mask.Output(display_name="mask", tooltip="White where the person is."),
+            ],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls):
+        return host.file_stamp(PORTRAIT_FILE)
+
+    @classmethod
+    def execute(cls) -> io.NodeOutput:
+        with host.ordinary_tensors():
+            return io.NodeOutput(*host.read_picture(PORTRAIT_FILE))
 
 
 def _conditioning(config: dict[str, Any], table: torch.Tensor, chosen: dict[str, str]) -> list:

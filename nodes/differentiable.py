@@ -1,4 +1,4 @@
-"""Denoising by the user's UNet with LoRAs as an argument, so that a loss has a gradient in them.
+"""Pictures and the user's UNet as an inversion sees them: denoising with LoRAs as an argument.
 
 With host.py the only file that knows the host's internals. For gradients the UNet is a private one: the host makes its
 weights in inference mode, where autograd can't use them, patches them in place and may move them away. Without
@@ -15,6 +15,7 @@ import comfy.lora
 import comfy.model_management
 import comfy.model_sampling
 import comfy.ops
+import comfy.utils
 import torch
 from comfy.ldm.modules.attention import SpatialTransformer, attention_pytorch
 from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
@@ -219,6 +220,54 @@ def schedule(model: Any) -> tuple[Tensor, tuple[Tensor, str]]:
         )
     sigmas = sampling.sigmas.detach().clone().float()
     return sampling.timestep(sigmas).float(), (1 / (sigmas.double() ** 2 + 1), kind)
+
+
+def picture_latents(
+    model: Any, vae: Any, image: Tensor, mask: Tensor | None, pixels: int
+) -> tuple[Tensor, Tensor | None]:
+    """Pictures [n, H, W, 3] as the UNet sees them [n, C, h, w], and masks of any size as weights [n, 1, h, w].
+
+    Pictures are scaled to the area of a square with sides of ``pixels``; their shape is kept, up to what the UNet's
+    levels can divide.
+    """
+    count, height, width, _ = image.shape
+    scale = pixels / (height * width) ** 0.5
+    cell = host.grid(model)
+    size = [max(cell, round(side * scale / cell) * cell) for side in (width, height)]
+    scaled = comfy.utils.common_upscale(image[..., :3].movedim(-1, 1), *size, "area", "disabled")
+    latents = model.model.process_latent_in(vae.encode(scaled.movedim(1, -1)).clone()).float()
+    if mask is None:
+        return latents, None
+    weights = mask.reshape(-1, 1, *mask.shape[-2:]).float()
+    if len(weights) not in (1, count):
+        raise ConfigError(
+            f"There are {count} pictures and {len(weights)} masks; connect one for all, or one for each."
+        )
+    weights = torch.nn.functional.interpolate(weights, latents.shape[-2:], mode="area").clamp(0, 1)
+    weights = weights.expand(count, -1, -1, -1)
+    if bool((weights.sum((1, 2, 3)) == 0).any()):
+        raise ConfigError("The mask is empty. It should be white where the person is.")
+    return latents, weights.to(latents.device)
+
+
+def paint(
+    denoise: Denoiser, noise: Tensor, vector: Tensor, alphas: Tensor, prediction: str, steps: int
+) -> Tensor:
+    """Latents [N, C, H, W] of a person, vector [1, P], from noise, by DDIM without guidance (Song et al. 2021)."""
+    x = noise
+    times = torch.linspace(len(alphas) - 1, 0, steps + 1).round().long()[:-1]
+    levels = torch.cat([alphas[times], torch.ones(1, dtype=alphas.dtype)])
+    for i, time in enumerate(times):
+        (a, s), (a_next, s_next) = (
+            (float(v.sqrt()), float((1 - v).sqrt())) for v in levels[i : i + 2]
+        )
+        output = denoise(x, time.expand(len(x)), vector)
+        if prediction == "v_prediction":
+            x0, eps = a * x - s * output, a * output + s * x
+        else:
+            x0, eps = (x - s * output) / a, output
+        x = a_next * x0 + s_next * eps
+    return x
 
 
 def _check_inputs(model: Any) -> None:

@@ -21,9 +21,13 @@ import comfy.sd
 import comfy.supported_models_base
 import comfy.utils
 import folder_paths
+import latent_preview
+import numpy as np
 import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+from PIL import Image
 from safetensors import SafetensorError, safe_open
+from server import PromptServer
 
 import nodes  # the host's, not this package
 
@@ -213,6 +217,38 @@ def ordinary_tensors() -> Iterator[None]:
         yield
 
 
+def read_picture(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """IMAGE [1, H, W, 3] and MASK [1, H, W] of a picture file; the mask is its opacity."""
+    with Image.open(path) as file:
+        pixels = torch.from_numpy(np.asarray(file.convert("RGBA")).copy()).float() / 255
+    return pixels[None, ..., :3], pixels[None, ..., 3]
+
+
+# Progress
+
+
+class Watch:
+    """The progress bar, the preview and the text of the running node, and whether Cancel was pressed."""
+
+    def __init__(self, model: Any, node: str) -> None:
+        self._node = node
+        self._previewer = latent_preview.get_previewer(model.load_device, model.model.latent_format)
+        self._bar = comfy.utils.ProgressBar(1)
+
+    @property
+    def shows_previews(self) -> bool:
+        return self._previewer is not None
+
+    def show(self, step: int, steps: int, text: str, latents: torch.Tensor | None = None) -> None:
+        """``latents`` [1, C, H, W], as the model sees them, become the preview. Raises if Cancel was pressed."""
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        preview = None
+        if latents is not None and self._previewer is not None:
+            preview = self._previewer.decode_latent_to_preview_image("JPEG", latents)
+        self._bar.update_absolute(step, steps, preview)
+        PromptServer.instance.send_progress_text(text, self._node)
+
+
 # Patches
 
 
@@ -316,6 +352,19 @@ def model_name(model: Any) -> str:
     return f"{type(model.model.model_config).__name__} ({type(model.model).__name__})"
 
 
+def grid(model: Any) -> int:
+    """What the sides of a picture must be multiples of for its UNet: the factor of the VAE, and of every halving."""
+    config = model.model.model_config.unet_config
+    if "fold" in config:
+        return config["fold"] * 2 ** (len(config["channel_mult"]) - 1)
+    return 8 * 2 ** (len(config["channel_mult"]) - 1)
+
+
+def usual_size(model: Any) -> int:
+    """Side of the square pictures that a model was trained on."""
+    return getattr(model.model, "picture_size", 512)
+
+
 # The avatar base
 
 
@@ -372,6 +421,7 @@ def avatar_model(config: dict[str, Any], weights: dict[str, torch.Tensor]) -> An
         device="cpu",
         unet_model=FoldedUNet,
     )
+    model.picture_size = config["image_size"]
     model.load_model_weights(_host_names(settings.unet_config, weights, model.diffusion_model), "")
     return comfy.model_patcher.ModelPatcher(
         model,
