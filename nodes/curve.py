@@ -11,12 +11,14 @@ LEFT, RIGHT, TOP, BOTTOM = 70, 20, 40, 50  # margins
 INK, GRID, EACH, BEST = (40, 40, 40), (222, 222, 222), (140, 175, 215), (200, 70, 40)
 
 
-def draw_curve(steps: list[float], losses: list[float], title: str) -> torch.Tensor:
-    """IMAGE [1, 360, 640, 3] of losses over steps, with the best so far as a second line. The loss axis is logarithmic
-    where losses span more than a factor of ten."""
+def draw_curve(losses: list[float], title: str) -> torch.Tensor:
+    """IMAGE [1, 360, 640, 3] of the loss after each step, and the best so far.
+
+    The axis of losses is logarithmic where they span more than a factor of ten.
+    """
     picture = Image.new("RGB", (WIDTH, HEIGHT), "white")
     draw = ImageDraw.Draw(picture)
-    points = [(x, y) for x, y in zip(steps, losses) if math.isfinite(y)]
+    points = [(x, y) for x, y in enumerate(losses, start=1) if math.isfinite(y)]
     draw.text((LEFT, 12), title, fill=INK)
     if points:
         _draw(draw, points)

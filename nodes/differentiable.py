@@ -40,38 +40,55 @@ class Plan:
     dtype: torch.dtype
     gradients: bool
     checkpointing: bool
-    activations: int  # bytes, estimated
+    rows: int  # most pictures that go through at once
+    activations: int  # bytes that they take, estimated
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
-        if not self.gradients:
-            return f"forward passes on {self.device} in {dtype}"
-        how = "with" if self.checkpointing else "without"
-        return f"gradients on {self.device} in {dtype}, {how} checkpointing"
+        how = "forward passes"
+        if self.gradients:
+            how = f"gradients {'with' if self.checkpointing else 'without'} checkpointing"
+        return f"{how} on {self.device} in {dtype}, {self.rows} pictures at a time"
 
 
 def plan(
     model: Any, latents: tuple[int, ...], *, gradients: bool, checkpointing: bool | None = None
 ) -> Plan:
-    """Choose for batches of ``latents`` [N, C, H, W]; ``checkpointing`` overrules what free memory says."""
+    """Choose for batches of ``latents`` [N, C, H, W]: as many of them at once as fit into memory, with checkpointing
+    if not one does without. ``checkpointing`` overrules that."""
     device = model.load_device
-    own = model.model.manual_cast_dtype or model.model.get_dtype()
+    dtype = model.model.manual_cast_dtype or model.model.get_dtype()
+    count, *shape = latents
     if not gradients:
-        return Plan(device, own, False, False, 0)
-    dtype = torch.float32
-    if own != torch.float32 and comfy.model_management.should_use_bf16(device):
-        dtype = torch.bfloat16  # half precision underflows on the way back
-    count, _, height, width = latents
-    numbers = count * height * width * model.model.model_config.unet_config["model_channels"]
-    numbers //= model.model.model_config.unet_config.get("fold", 1) ** 2
+        each = int(model.memory_required([1, *shape]))
+        rows = max(1, min(count, _room(device) // max(each, 1)))
+        return Plan(device, dtype, False, False, rows, each * rows)
+    if dtype != torch.float32:  # half precision underflows on the way back
+        bf16 = comfy.model_management.should_use_bf16(device)
+        dtype = torch.bfloat16 if bf16 else torch.float32
+    room = _room(device) - _parameters(model) * dtype.itemsize
+    config = model.model.model_config.unet_config
+    numbers = shape[1] * shape[2] // config.get("fold", 1) ** 2 * config["model_channels"]
     full, less = (dtype.itemsize * kept * numbers for kept in (KEPT, KEPT_CHECKPOINTED))
     if checkpointing is None:
-        weights = sum(p.numel() for p in model.model.diffusion_model.parameters()) * dtype.itemsize
-        free = comfy.model_management.get_free_memory(device)
-        if device.type != "cpu":  # what other models hold there can be moved away
-            free = max(free, int(0.9 * comfy.model_management.get_total_memory(device)))
-        checkpointing = full + weights > 0.8 * free
-    return Plan(device, dtype, True, checkpointing, less if checkpointing else full)
+        checkpointing = full > room
+    each = less if checkpointing else full
+    rows = max(1, min(count, room // each))
+    return Plan(device, dtype, True, checkpointing, rows, each * rows)
+
+
+def _room(device: torch.device) -> int:
+    """Bytes to be had on a device: what is free and what the host's models would make free, less a margin."""
+    management = comfy.model_management
+    free = management.get_free_memory(device)
+    if device.type != "cpu":
+        loaded = [m for m in management.current_loaded_models if m.device == device]
+        free += sum(m.model_loaded_memory() for m in loaded)
+    return int(0.8 * free)
+
+
+def _parameters(model: Any) -> int:
+    return sum(p.numel() for p in model.model.diffusion_model.parameters())
 
 
 class Denoiser:
@@ -180,7 +197,8 @@ def denoiser(model: Any, layout: Layout, conditioning: list, plan: Plan) -> Iter
     times, _ = schedule(model)
     try:
         if plan.gradients:
-            comfy.model_management.free_memory(_bytes(model, plan), plan.device)
+            wanted = _parameters(model) * plan.dtype.itemsize + plan.activations
+            comfy.model_management.free_memory(wanted, plan.device)
             unet = _private_unet(model, plan)
         else:
             comfy.model_management.load_models_gpu([model], memory_required=plan.activations)
@@ -289,11 +307,6 @@ def _context(conditioning: list) -> Tensor:
             f"Inversion takes one prompt. Got {len(conditioning)} combined ones; connect a single CLIP Text Encode."
         )
     return conditioning[0][0].detach().clone()
-
-
-def _bytes(model: Any, plan: Plan) -> int:
-    weights = sum(p.numel() for p in model.model.diffusion_model.parameters())
-    return weights * plan.dtype.itemsize + plan.activations
 
 
 def _private_unet(model: Any, plan: Plan) -> nn.Module:

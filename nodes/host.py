@@ -246,6 +246,10 @@ class Watch:
         if latents is not None and self._previewer is not None:
             preview = self._previewer.decode_latent_to_preview_image("JPEG", latents)
         self._bar.update_absolute(step, steps, preview)
+        self.tell(text)
+
+    def tell(self, text: str) -> None:
+        """Write on the node."""
         PromptServer.instance.send_progress_text(text, self._node)
 
 

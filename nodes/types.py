@@ -1,6 +1,7 @@
 """What travels on the wires, and the frame that every node shares."""
 
 from dataclasses import dataclass
+from inspect import signature
 
 from comfy_api.latest import io
 
@@ -31,3 +32,8 @@ def schema(*, search_aliases: list[str], **fields) -> io.Schema:
     if "search_aliases" in io.Schema.__dataclass_fields__:
         fields["search_aliases"] = search_aliases
     return io.Schema(category="W2W++", **fields)
+
+
+def advanced() -> dict[str, bool]:
+    """Arguments of an input that is folded away at first; hosts too old for that show it."""
+    return {"advanced": True} if "advanced" in signature(io.Int.Input).parameters else {}

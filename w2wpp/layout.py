@@ -69,12 +69,14 @@ class Layout:
                 f"Layout '{self.name}' unpacks vectors [P] or [N, P] with P = {self.size}. Got "
                 f"{list(w.shape)}."
             )
+        sizes = [self.rank * n for m in self.modules for n in (m.in_features, m.out_features)]
+        parts = iter(w.split(sizes, dim=-1))  # one view of the whole: its gradient is one too
         return {
             m.name: (
-                w[..., a].unflatten(-1, (self.rank, m.in_features)),
-                w[..., b].unflatten(-1, (m.out_features, self.rank)),
+                next(parts).unflatten(-1, (self.rank, m.in_features)),
+                next(parts).unflatten(-1, (m.out_features, self.rank)),
             )
-            for m, a, b in self.slices()
+            for m in self.modules
         }
 
     def to_json(self) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """Nodes for the tests only: models with random weights, and the weights that a model would compute with."""
 
+import hashlib
+import json
 import os
 
 import comfy.model_management
@@ -79,9 +81,139 @@ class Weights(io.ComfyNode):
         return io.NodeOutput()
 
 
+class State(io.ComfyNode):
+    """What a node could have left behind in a model and in the process, as JSON; runs every time."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="Probe_State",
+            inputs=[io.Model.Input("model"), io.String.Input("file")],
+            outputs=[io.Model.Output()],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, **inputs):
+        return float("nan")
+
+    @classmethod
+    def execute(cls, model, file):
+        comfy.model_management.load_models_gpu([model])
+        unet = model.model.diffusion_model
+        digest = hashlib.sha256()
+        for weight in unet.state_dict().values():
+            digest.update(
+                weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+            )
+        state = {
+            "weights": digest.hexdigest(),
+            "hooks": sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in unet.modules()),
+            "forwards": sum("forward" in vars(m) for m in unet.modules()),
+            "require_grad": sum(p.requires_grad for p in unet.parameters()),
+            "have_grad": sum(p.grad is not None for p in unet.parameters()),
+            "training": sum(m.training for m in unet.modules()),
+            "patches": len(model.patches),
+            "options": sorted(map(str, model.model_options.get("transformer_options", {}))),
+            "threads": torch.get_num_threads(),
+            "grad_mode": torch.is_grad_enabled(),
+            "inference_mode": torch.is_inference_mode_enabled(),
+            "in_training": getattr(comfy.model_management, "in_training", False),
+            "saved_tensor_hooks": torch._C._autograd._top_saved_tensors_default_hooks(True)
+            is not None,
+        }
+        with open(os.path.join(folder_paths.get_output_directory(), file), "w") as out:
+            json.dump(state, out)
+        return io.NodeOutput(model)
+
+
+class FailingSpace(io.ComfyNode):
+    """A space whose decoder fails after some calls, as it would when memory runs out."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="Probe_FailingSpace",
+            inputs=[
+                io.Custom("W2W_SPACE").Input("space"),
+                io.Int.Input("calls", default=3),
+                io.Combo.Input("error", options=["decoder", "memory"]),
+            ],
+            outputs=[io.Custom("W2W_SPACE").Output()],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, **inputs):
+        return float("nan")
+
+    @classmethod
+    def execute(cls, space, calls, error):
+        class Failing(type(space)):
+            def decode(self, *args, **kwargs):
+                counter["calls"] += 1
+                if counter["calls"] > calls:
+                    if error == "memory":
+                        raise torch.OutOfMemoryError("probe: out of memory")
+                    raise ValueError("probe: the decoder fails")
+                return super().decode(*args, **kwargs)
+
+        counter = {"calls": 0}
+        fields = {name: getattr(space, name) for name in space.__dataclass_fields__}
+        return io.NodeOutput(Failing(**fields))
+
+
+class SmallSD15(io.ComfyNode):
+    """An SD 1.5 UNet of full width with random weights, as from a checkpoint in a given precision, and its prompt."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="Probe_SD15",
+            inputs=[
+                io.Combo.Input("dtype", options=["float32", "float16"]),
+                io.Boolean.Input("inpaint", default=False),
+            ],
+            outputs=[io.Model.Output(), io.Conditioning.Output(), io.Vae.Output()],
+        )
+
+    @classmethod
+    def execute(cls, dtype, inpaint):
+        channels = {"in_channels": 9} if inpaint else {}
+        config = comfy.supported_models.SD15({**COMMON, **FAMILIES["SD15"], **channels})
+        stored = getattr(torch, dtype)
+        config.set_inference_dtype(stored, torch.float32 if stored == torch.float16 else None)
+        model = config.get_model({}, "", device="cpu")
+        if inpaint:
+            model.set_inpaint()
+        generator = torch.Generator().manual_seed(0)
+        for name, weight in model.diffusion_model.named_parameters():
+            if weight.ndim > 1:
+                scale = weight[0].numel() ** -0.5
+                weight.copy_(torch.randn(weight.shape, generator=generator) * scale)
+            else:
+                weight.fill_(float(name.endswith("weight")))
+        cpu = torch.device("cpu")
+        patcher = comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu)
+        prompt = [[torch.randn(1, 77, 768, generator=generator), {}]]
+        return io.NodeOutput(patcher, prompt, RandomVAE())
+
+
+class RandomVAE:
+    """Stands in for SD 1.5's VAE: every 8x8 pixels to 4 numbers, and back."""
+
+    def encode(self, pixels):
+        small = torch.nn.functional.avg_pool2d(pixels[..., :3].movedim(-1, 1) * 2 - 1, 8)
+        return torch.cat([small, small.mean(1, keepdim=True)], 1) * 5
+
+    def decode(self, latents):
+        return (latents[:, :3] / 5).repeat_interleave(8, 2).repeat_interleave(8, 3).movedim(
+            1, -1
+        ) / 2 + 0.5
+
+
 class ProbeExtension(ComfyExtension):
     async def get_node_list(self):
-        return [RandomModel, Weights]
+        return [RandomModel, Weights, State, FailingSpace, SmallSD15]
 
 
 async def comfy_entrypoint():
