@@ -1,0 +1,27 @@
+"""From pictures of a person to a point of a space: objective, optimisers, and the driver that joins them."""
+
+from .adam import Adam
+from .cma import Cma
+from .driver import Progress, Solution, StopInversion, invert
+from .hybrid import Hybrid
+from .objective import Denoise, Draw, Objective
+from .optimiser import Optimiser, Run
+from .pivotal import Pivotal
+from .schedule import NoiseSchedule
+
+__all__ = [
+    "Adam",
+    "Cma",
+    "Denoise",
+    "Draw",
+    "Hybrid",
+    "NoiseSchedule",
+    "Objective",
+    "Optimiser",
+    "Pivotal",
+    "Progress",
+    "Run",
+    "Solution",
+    "StopInversion",
+    "invert",
+]

@@ -1,0 +1,204 @@
+"""What an inversion minimises: how badly a latent's LoRA denoises the pictures of a person.
+
+Letters: B people, R rows of latents (R is a multiple of B, ordered by person), M draws (picture, noise, timestep) of
+each person, n pictures of each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError, DataError, ShapeError
+from ..space import Space
+from .schedule import NoiseSchedule
+
+# denoise(noisy [N, C, H, W], timestep [N], vectors [R, P]) -> prediction [N, C, H, W]; rows ordered by vector
+Denoise = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Draw:
+    """The random part of the loss: M draws for each of B people."""
+
+    picture: Tensor  # [B, M] which of a person's pictures
+    noise: Tensor  # [B, M, C, H, W]
+    timestep: Tensor  # [B, M]
+
+    @property
+    def size(self) -> int:
+        """M."""
+        return self.timestep.shape[1]
+
+
+class Objective:
+    """The denoising loss (Ho et al. 2020) of latents and residuals, with common random numbers.
+
+    `pictures` are latents of the host's VAE, encoded once: [n, C, H, W] of one person, or
+    [B, n, C, H, W] of B people inverted side by side, each as if alone.
+    """
+
+    def __init__(
+        self,
+        space: Space,
+        pictures: Tensor,
+        denoise: Denoise,
+        schedule: NoiseSchedule,
+        *,
+        draws: int = 8,  # M
+        seed: int = 0,
+        fresh: bool = False,  # new draws in every step, else the same ones
+        stratified: bool = True,  # timesteps spread evenly over the range
+        antithetic: bool = False,  # noise in pairs of opposite sign at the same timestep
+        timesteps: tuple[float, float] = (0.0, 1.0),  # range, as shares of the schedule
+        weighting: str = "native",  # see NoiseSchedule.weights
+        mask: Tensor | None = None,  # [n or 1, 1, H, W], what of the pictures counts
+        prior: float = 0.0,  # weight of |z|^2 / 2
+        micro_batch: int | None = None,  # most pictures that go through the UNet at once
+    ) -> None:
+        low, high = timesteps
+        if pictures.ndim not in (4, 5) or 0 in pictures.shape:
+            raise ShapeError(
+                "Pictures are [n, C, H, W] of one person, or [B, n, C, H, W] of B people. Got "
+                f"{list(pictures.shape)}."
+            )
+        if not bool(torch.isfinite(pictures).all()):
+            raise DataError("The pictures to invert hold NaN or infinite numbers.")
+        if draws < 1 or (antithetic and draws % 2):
+            raise ConfigError(f"Draws are positive, and even when antithetic. Got {draws}.")
+        if not 0 <= low < high <= 1 or prior < 0 or (micro_batch is not None and micro_batch < 1):
+            raise ConfigError(
+                "A timestep range lies within 0 and 1, the prior is not negative, a micro batch "
+                f"is at least 1. Got {timesteps=}, {prior=}, {micro_batch=}."
+            )
+        self.space, self.denoise, self.schedule = space, denoise, schedule
+        self.pictures = (pictures[None] if pictures.ndim == 4 else pictures).detach()
+        self.draws, self.seed, self.fresh = draws, seed, fresh
+        self.stratified, self.antithetic, self.timesteps = stratified, antithetic, timesteps
+        self.prior, self.micro_batch = prior, micro_batch
+        self.mask = None if mask is None else self._mask(mask)
+        self.weights = schedule.weights(weighting).float().to(self.pictures.device)  # [T]
+        self.rows_evaluated = 0  # pictures that went through the UNet
+
+    @property
+    def people(self) -> int:
+        """B."""
+        return len(self.pictures)
+
+    @property
+    def evaluations(self) -> int:
+        """Pictures that went through the UNet, per person; forward, or forward and backward."""
+        return self.rows_evaluated // self.people
+
+    def draw(self, step: int) -> Draw:
+        """The draws of a step; of every step the same ones unless `fresh`."""
+        return self._draw(2 + step if self.fresh else 0, self.draws)
+
+    def evaluation(self, draws: int) -> Draw:
+        """Draws kept aside, by which points of different steps are compared."""
+        return self._draw(1, draws)
+
+    def loss(self, z: Tensor, residual: Tensor | None, draw: Draw) -> Tensor:
+        """z [R, d], residual [R, K] or none -> [R]. Differentiable."""
+        total = self._penalty(z)
+        vectors = self.space.decode(z, residual)
+        for rows, part in self._chunks(len(z), draw):
+            piece = self._denoising(vectors[rows], rows, part, len(z)) * (part.size / draw.size)
+            total = total.index_add(0, torch.arange(len(z), device=z.device)[rows], piece)
+        return total
+
+    def value_and_gradient(
+        self, z: Tensor, residual: Tensor | None, draw: Draw, *, of_residual: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Losses [R] and the gradient of each in its own latent [R, d] (or residual [R, K]).
+
+        The space decodes once; micro batches free their graphs one after the other.
+        """
+        with torch.inference_mode(False), torch.enable_grad():
+            z = z.detach().clone().requires_grad_(not of_residual)
+            if residual is not None:
+                residual = residual.detach().clone().requires_grad_(of_residual)
+            unknown = residual if of_residual else z
+            assert unknown is not None
+            vectors = self.space.decode(z, residual)  # [R, P]
+            leaf = vectors.detach().requires_grad_(True)
+            by_vector, losses = torch.zeros_like(leaf), torch.zeros_like(leaf[:, 0].detach())
+            for rows, part in self._chunks(len(z), draw):
+                piece = self._denoising(leaf[rows], rows, part, len(z)) * (part.size / draw.size)
+                (gradient,) = torch.autograd.grad(piece.sum(), leaf)
+                by_vector += gradient
+                losses[rows] += piece.detach()
+            (gradient,) = torch.autograd.grad(vectors, unknown, by_vector)
+            if not of_residual:
+                gradient = gradient + self.prior * z.detach()
+            return losses + self._penalty(z.detach()), gradient.detach()
+
+    def _penalty(self, z: Tensor) -> Tensor:
+        """-log N(z; 0, I) up to a constant, weighted [R]."""
+        return self.prior * 0.5 * z.square().sum(1)
+
+    def _denoising(self, vectors: Tensor, rows: slice, draw: Draw, total: int) -> Tensor:
+        """Vectors [r, P] of some rows -> mean weighted squared error over their draws [r]."""
+        people = (torch.arange(total)[rows] // (total // self.people)).to(draw.picture.device)
+        x0 = self.pictures[people[:, None], draw.picture[people]].flatten(0, 1)  # [r * M, ...]
+        noise, timestep = draw.noise[people].flatten(0, 1), draw.timestep[people].flatten()
+        noisy, target = self.schedule.add_noise(x0, noise, timestep)
+        self.rows_evaluated += len(noisy)
+        predicted = self.denoise(noisy, timestep, vectors)
+        if predicted.dtype in (torch.float16, torch.bfloat16):
+            predicted = predicted.float()
+        error = (predicted - target.to(predicted)).square()
+        if self.mask is not None:
+            error = error * self.mask[people[:, None], draw.picture[people]].flatten(0, 1)
+        by_draw = error.flatten(1).mean(1) * self.weights[timestep]
+        return by_draw.to(vectors.device).unflatten(0, (len(people), -1)).mean(1)
+
+    def _chunks(self, rows: int, draw: Draw) -> Iterator[tuple[slice, Draw]]:
+        """Rows and draws in pieces of at most `micro_batch` pictures."""
+        limit = self.micro_batch or rows * draw.size
+        width = min(draw.size, limit)
+        height = max(1, limit // width)
+        for top in range(0, rows, height):
+            for left in range(0, draw.size, width):
+                span = slice(left, left + width)
+                part = Draw(draw.picture[:, span], draw.noise[:, span], draw.timestep[:, span])
+                yield slice(top, min(top + height, rows)), part
+
+    def _draw(self, number: int, size: int) -> Draw:
+        drawn = [self._draw_one(number, size, person) for person in range(self.people)]
+        return Draw(*(torch.stack(part).to(self.pictures.device) for part in zip(*drawn)))
+
+    def _draw_one(self, number: int, size: int, person: int) -> tuple[Tensor, Tensor, Tensor]:
+        """[M], [M, C, H, W], [M] from a generator of their own, so that a run can resume anywhere."""
+        mixed = ((self.seed * 100_003 + person) * 100_003 + number) % 2**63
+        generator = torch.Generator().manual_seed(mixed)
+        unique = size // 2 if self.antithetic else size
+        noise = torch.randn(unique, *self.pictures.shape[2:], generator=generator)
+        u = torch.rand(unique, generator=generator)
+        if self.stratified:
+            u = (torch.randperm(unique, generator=generator) + u) / unique
+        low, high = (share * len(self.schedule) for share in self.timesteps)
+        timestep = (low + u * (high - low)).long().clamp(max=len(self.schedule) - 1)
+        count = self.pictures.shape[1]
+        picture = torch.randperm(count, generator=generator)[torch.arange(size) % count]
+        if self.antithetic:
+            noise, timestep = torch.cat([noise, -noise]), timestep.repeat(2)
+        return picture, noise, timestep
+
+    def _mask(self, mask: Tensor) -> Tensor:
+        """[B, n, 1, H, W] with mean one over each picture."""
+        people, count, _, *size = self.pictures.shape
+        mask = mask[None] if mask.ndim == 4 else mask
+        if mask.ndim != 5 or mask.shape[1] not in (1, count) or list(mask.shape[2:]) != [1, *size]:
+            raise ShapeError(
+                f"A mask for these pictures is [{count} or 1, 1, {size[0]}, {size[1]}]. Got "
+                f"{list(mask.shape[1:])}."
+            )
+        mask = mask.to(self.pictures).clamp(0, 1)
+        mean = mask.mean((-2, -1), keepdim=True)
+        if not bool((mean > 0).all()):
+            raise ConfigError("The mask leaves nothing of a picture. Paint what shows the person.")
+        return (mask / mean).expand(people, count, -1, -1, -1)
