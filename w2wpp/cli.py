@@ -18,7 +18,7 @@ from . import __version__
 from .errors import W2WError
 
 # Each has register(subparsers); a parser's default `run` takes the arguments and returns the result.
-MODULES = (".commands", ".training.commands", ".avatars.commands")
+MODULES = (".commands", ".training.commands", ".imports.commands", ".avatars.commands")
 EXTRAS = {"diffusers", "matplotlib", "PIL"}
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from .container import Container, open_container
-from .encoding import encode_lora
+from .encoding import encode_lora, read_any
 from .errors import ConfigError
 from .identity import Identity, concat, interpolate, load_identity, save_identity
 from .lorafile import FORMATS, load_lora, save_lora
@@ -75,24 +75,24 @@ def sample(args: argparse.Namespace) -> dict[str, Any]:
     space = load_space(args.space)
     generator = torch.Generator().manual_seed(_seed(args.seed))
     identity = space.sample(args.n, generator=generator, truncation=args.truncation)
-    return _saved(identity, args.output)
+    return saved(identity, args.output)
 
 
 def interpolate_files(args: argparse.Namespace) -> dict[str, Any]:
     a, b = load_identity(args.a), load_identity(args.b)
-    return _saved(interpolate(a, b, steps=args.steps, mode=args.mode), args.output)
+    return saved(interpolate(a, b, steps=args.steps, mode=args.mode), args.output)
 
 
 def encode(args: argparse.Namespace) -> dict[str, Any]:
     space = load_space(args.space)
-    files = [load_lora(path) for path in args.loras]
+    files = [read_any(path) for path in args.loras]
     found = [encode_lora(space, file, residual=args.residual) for file in files]
     names = [Path(path).name for path in args.loras]
     identity = concat([person for person, _ in found])
     identity = replace(identity, provenance={"made_by": "encode", "files": names})
     reports = {name: report.to_json() for name, (_, report) in zip(names, found)}
     r2 = {name: report["weight_r2"] for name, report in reports.items()}
-    return {**_saved(identity, args.output), "weight_r2": r2, "loras": reports}
+    return {**saved(identity, args.output), "weight_r2": r2, "loras": reports}
 
 
 def export(args: argparse.Namespace) -> dict[str, Any]:
@@ -123,7 +123,7 @@ def lora_metadata(space: Space, identity: Identity, strength: float = 1.0) -> di
     return {k: v for k, v in facts.items() if v}
 
 
-def _saved(identity: Identity, path: str) -> dict[str, Any]:
+def saved(identity: Identity, path: str) -> dict[str, Any]:
     save_identity(identity, path)
     facts = {"identity": path, "count": len(identity), "latent_size": identity.z.shape[1]}
     return {**facts, "space_fingerprint": identity.space_fingerprint}

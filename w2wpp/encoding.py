@@ -12,16 +12,15 @@ import torch
 from torch import Tensor
 
 from .basis import Basis
-from .errors import LayoutMismatch
+from .errors import FormatError, LayoutMismatch
 from .gauge import (
     KEPT,
     Reference,
     factor,
+    is_kept,
     nearest,
     nearest_down,
-    span_distance,
     to_span,
-    worthwhile,
 )
 from .identity import Identity
 from .layout import Layout, Lora
@@ -79,7 +78,7 @@ def encode_lora(
     """
     file = read_any(lora)
     matched, ignored, missing = match_modules(file, space.layout)
-    w, energy_lost, gauge = _space_vector(space, file, matched, missing)
+    w, energy_lost, gauge = _space_vector(space, matched, missing)
     z = space.encode(w[None]).mean
     rest = None
     if residual:
@@ -98,7 +97,19 @@ def encode_lora(
 def read_any(lora: AnyLora) -> LoraFile:
     if isinstance(lora, LoraFile):
         return lora
-    return lora_of_tensors(lora) if isinstance(lora, Mapping) else load_lora(lora)
+    return lora_of_tensors(lora) if isinstance(lora, Mapping) else load_lora(adapter_file(lora))
+
+
+def adapter_file(path: str | os.PathLike[str]) -> Path:
+    """A LoRA file itself, or the one in a folder that diffusers or PEFT exported."""
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    names = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
+    for found in (path / part / name for part in ("", "unet") for name in names):
+        if found.is_file():
+            return found
+    raise FormatError(f"{path} holds none of {', '.join(names)}, nor does its folder unet.")
 
 
 def match_modules(file: LoraFile, layout: Layout) -> tuple[Lora, tuple[str, ...], tuple[str, ...]]:
@@ -169,14 +180,29 @@ def weight_share(space: Space, w: Tensor, reconstruction: Tensor) -> float:
     return float(1.0 - missed / space.basis.standardise(w - mean).square().sum())
 
 
+@torch.no_grad()
+def vector_in(space: Space, file: LoraFile) -> Tensor:
+    """The LoRA's vector w [P] in the layout's rank and the space's gauge."""
+    matched, _, missing = match_modules(file, space.layout)
+    return _space_vector(space, matched, missing)[0]
+
+
+def aligned(file: LoraFile, layout: Layout, reference: Tensor | None) -> Tensor:
+    """The LoRA's vector w [P] in the layout's rank, turned towards a reference [P]; without one, as it is."""
+    matched, _, missing = match_modules(file, layout)
+    if reference is None:
+        own = _own_vector(layout, matched, missing)
+        return own if own is not None else layout.pack(at_rank(matched, layout)[0]).float()
+    towards = Reference(layout, reference, torch.zeros_like(reference))
+    return layout.pack(nearest(at_rank(matched, layout)[0], towards)).float()
+
+
 def _space_vector(
-    space: Space, file: LoraFile, matched: Lora, missing: tuple[str, ...]
+    space: Space, matched: Lora, missing: tuple[str, ...]
 ) -> tuple[Tensor, float, str]:
-    """The LoRA's vector [P] in the layout's rank and the space's gauge, the energy lost, the gauge's fate."""
+    """The vector [P], the energy lost to the rank, and what became of the gauge."""
     layout = space.layout
-    own = None
-    if not missing and all(a.shape[0] == layout.rank for a, _ in matched.values()):
-        own = layout.pack(matched)
+    own = _own_vector(layout, matched, missing)
     balanced, lost = at_rank(matched, layout)
     if isinstance(space.basis, Basis):
         w, kept = _gauge_of_basis(space.basis, layout, balanced, own)
@@ -185,13 +211,21 @@ def _space_vector(
     return w.float(), lost, "kept" if kept else "resolved"
 
 
+def _own_vector(layout: Layout, matched: Lora, missing: tuple[str, ...]) -> Tensor | None:
+    """The LoRA packed as it is, if it is of the layout's rank and complete."""
+    whole = all(a.shape[0] == layout.rank and bool(a.any()) for a, _ in matched.values())
+    if missing or not whole:
+        return None
+    return layout.pack(matched)
+
+
 def _gauge_of_basis(
     basis: Basis, layout: Layout, balanced: Lora, own: Tensor | None
 ) -> tuple[Tensor, bool]:
     found = []
     if own is not None:
         found.append(to_span(own, layout, basis))
-        if span_distance(own, basis) * (1 - worthwhile(layout, basis)) <= found[0][1]:
+        if is_kept(own, found[0][1], layout, basis):
             return own, True
     reference = Reference(layout, basis.mean, basis.std)
     for start in (nearest, nearest_down):

@@ -26,9 +26,10 @@ from torch import Tensor
 from .basis import Basis
 from .layout import Layout, Lora
 
-KEPT = 0.1  # see `worthwhile`
+KEPT = 0.1  # share of the distance to the span that another gauge must save
 STEPS = 30  # of Gauss-Newton, at most
 ROUNDING = 1e-7  # share of a vector's squared length that half precision leaves outside of the span
+BATCH = 32  # rows that a pass over the components is worth, see `Basis.blocks`
 CONDITION = 1e4  # of a G that may serve as a start
 
 
@@ -103,7 +104,7 @@ def to_span(w: Tensor, layout: Layout, basis: Basis) -> tuple[Tensor, float]:
         if value <= floor or damping > 1.0:
             break
         scale = jacobian.diagonal()
-        scale = scale.clamp_min(1e-12 * float(scale.max()))
+        scale = scale.clamp_min(1e-12 * (1 + float(scale.max())))
         x = torch.linalg.solve(jacobian + torch.diag(damping * scale), -gradient).clamp(-1.0, 1.0)
         turned = _turned(w, layout, x)
         after = _span_system(turned, layout, basis)
@@ -117,11 +118,13 @@ def to_span(w: Tensor, layout: Layout, basis: Basis) -> tuple[Tensor, float]:
     return w, value
 
 
-def worthwhile(layout: Layout, basis: Basis) -> float:
-    """The share of the distance to the span that another gauge must save before it replaces a
-    LoRA's own. M r^2 free numbers save M r^2 / (P - K) of pure noise."""
+def is_kept(own: Tensor, best: float, layout: Layout, basis: Basis) -> bool:
+    """Whether a LoRA w [P] that stands as near to the span as another gauge would be, or nearly so,
+    keeps its own. M r^2 free numbers save M r^2 / (P - K) of pure noise."""
     free = len(layout.modules) * layout.rank**2 / max(1, layout.size - basis.rank)
-    return min(0.5, KEPT + 2 * free)
+    length = float(basis.standardise(own.float() - basis.mean).square().sum())
+    distance = span_distance(own, basis)
+    return distance <= 10 * ROUNDING * length or best >= distance * (1 - min(0.5, KEPT + 2 * free))
 
 
 def span_distance(w: Tensor, basis: Basis) -> float:
@@ -148,11 +151,11 @@ def _span_system(w: Tensor, layout: Layout, basis: Basis) -> tuple[float, Tensor
     inverse = basis.standardise(torch.ones(basis.size))
     x = (w.float() - basis.mean) * inverse
     parts = list(_directions(w.float(), inverse, layout))
-    c = torch.zeros(0, dtype=torch.float64)
-    t = torch.zeros(0, sum(len(j) for _, j in parts), dtype=torch.float64)
-    for rows in basis.blocks(1):
-        c = torch.cat([c, (rows @ x).double()])
-        t = torch.cat([t, torch.cat([rows[:, s] @ j.T for s, j in parts], 1).double()])
+    inside, along_rows = [], []
+    for rows in basis.blocks(BATCH):
+        inside.append((rows @ x).double())
+        along_rows.append(torch.cat([rows[:, s] @ j.T for s, j in parts], 1).double())
+    c, t = torch.cat(inside), torch.cat(along_rows)
     own = torch.block_diag(*(j.double() @ j.double().T for _, j in parts))
     along = torch.cat([j.double() @ x[s].double() for s, j in parts])
     value = max(0.0, float(x.double().square().sum() - c.square().sum()))

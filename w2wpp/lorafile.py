@@ -152,7 +152,7 @@ def _read(file: Container | _InMemory) -> LoraFile:
     alpha_keys: dict[str, str] = {}
     unread = []
     for key, entry in file.entries.items():
-        module, part = _parse(key)
+        module, part = parse_key(key)
         if part == "alpha":
             alpha_keys[module] = key
         elif not part or len(entry.shape) not in (2, 4) or any(n != 1 for n in entry.shape[2:]):
@@ -190,7 +190,7 @@ def dotted_name(kohya: str) -> str:
     return name
 
 
-def _parse(key: str) -> tuple[str, str]:
+def parse_key(key: str) -> tuple[str, str]:
     """(dotted module, part), or two empty strings."""
     if m := _KOHYA.fullmatch(key):
         return dotted_name(m["module"]), m["part"]

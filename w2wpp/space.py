@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -158,11 +158,23 @@ class Space:
     @cached_property
     def fingerprint(self) -> str:
         """Names the coordinates, not the file: 32 hex digits over tensors and architecture, not over provenance."""
-        digest = hashlib.sha256(json.dumps(self.architecture(), sort_keys=True).encode())
-        for name, t in sorted(self.tensors().items()):
-            digest.update(f"{name} {DTYPE_NAMES[t.dtype]} {list(t.shape)};".encode())
+        tensors = sorted(self.tensors().items())
+        return fingerprint_of(
+            self.architecture(), ((n, t.dtype, t.shape, (t,)) for n, t in tensors)
+        )
+
+
+def fingerprint_of(
+    architecture: Mapping[str, Any],
+    tensors: Iterable[tuple[str, torch.dtype, Sequence[int], Iterable[Tensor]]],
+) -> str:
+    """32 hex digits over an architecture and (name, type, shape, pieces) of tensors sorted by name."""
+    digest = hashlib.sha256(json.dumps(architecture, sort_keys=True).encode())
+    for name, dtype, shape, pieces in tensors:
+        digest.update(f"{name} {DTYPE_NAMES[dtype]} {list(shape)};".encode())
+        for t in pieces:
             digest.update(t.reshape(-1).view(torch.uint8).numpy().data)
-        return digest.hexdigest()[:32]
+    return digest.hexdigest()[:32]
 
 
 def compact(t: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from .codecs import Codec, build_codec
 from .container import Container, Streamed, open_container, write_container
 from .errors import ConfigError, FormatError, SpaceMismatch
 from .layout import Layout
-from .space import Space, compact
+from .space import Space, compact, fingerprint_of
 
 FORMAT = "w2wpp.space"
 COPY_BYTES = 64 * 2**20
@@ -92,7 +92,7 @@ def save_directions(
     wrong = [n for n, t in directions.items() if tuple(t.shape) != (latent_size,)]
     if wrong or not all(bool(torch.isfinite(t).all()) for t in directions.values()):
         raise ConfigError(f"Directions of this space are [{latent_size}], finite: {wrong}.")
-    tensors: dict[str, Tensor | Streamed] = {n: _copied(file, n) for n in file.entries}
+    tensors: dict[str, Tensor | Streamed] = {n: copied(file, n) for n in file.entries}
     tensors.update({f"direction.{n}": compact(t.detach().cpu()) for n, t in directions.items()})
     provenance = {**file.config["provenance"], "directions": dict(report)}
     own = ("format", "format_version", "config")
@@ -156,15 +156,33 @@ def _check_budget(file: Container, config: Mapping[str, Any]) -> None:
         raise ConfigError(f"the codec claims sizes {sizes} but holds {held} numbers")
 
 
-def _copied(file: Container, name: str) -> Tensor | Streamed:
+def file_fingerprint(file: Container) -> str:
+    """The fingerprint of the space in a file, as `Space.fingerprint`, without holding its tensors."""
+    architecture = {key: file.config[key] for key in ("layout", "basis", "codec")}
+    parts = (
+        (name, entry.dtype, entry.shape, _pieces(file, name))
+        for name, entry in sorted(file.entries.items())
+        if name.startswith(("basis.", "codec.", "prior."))
+    )
+    return fingerprint_of(architecture, parts)
+
+
+def copied(file: Container, name: str) -> Tensor | Streamed:
     """A tensor as it stands in a file, in pieces of bounded size."""
     entry = file.entries[name]
     if not entry.shape or not entry.shape[0]:
         return file.read(name, finite=False)
+    return Streamed(entry.dtype, entry.shape, _pieces(file, name))
+
+
+def _pieces(file: Container, name: str) -> Iterator[Tensor]:
+    entry = file.entries[name]
+    if not entry.shape:
+        yield file.read(name, finite=False)
+        return
     rows = max(1, COPY_BYTES * entry.shape[0] // max(1, entry.stop - entry.start))
-    starts = range(0, entry.shape[0], rows)
-    chunks = (file.read_rows(name, i, i + rows, finite=False) for i in starts)
-    return Streamed(entry.dtype, entry.shape, chunks)
+    for start in range(0, entry.shape[0], rows):
+        yield file.read_rows(name, start, start + rows, finite=False)
 
 
 def _single(file: Container, name: str) -> Tensor:

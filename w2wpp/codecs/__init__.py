@@ -11,10 +11,11 @@ from ..errors import ConfigError
 from .base import Codec, Posterior
 from .pca import PCA
 from .seed import Seed
+from .seed_residual import SeedResidual
 from .vae_mlp import MLPVAE
 from .vae_skip import SkipVAE
 
-CODECS: dict[str, Any] = {c.name: c for c in (PCA, SkipVAE, MLPVAE, Seed)}
+CODECS: dict[str, Any] = {c.name: c for c in (PCA, SkipVAE, MLPVAE, Seed, SeedResidual)}
 
 
 def build_codec(config: Mapping[str, Any], *, operations: Any = nn) -> Codec:

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..basis import AffineBasis, AnyBasis
 from ..codecs import CODECS
 from ..container import open_container
+from ..encoding import aligned, vector_in
 from ..errors import ConfigError, DataError, FormatError
 from ..layout import SD15, Layout
 from ..lorafile import load_lora
@@ -68,6 +69,12 @@ def register(verbs: Any) -> None:
     p.add_argument("--heldout", type=float, default=0.2, help="share of the persons (default 0.2)")
     p.add_argument("--seed", type=int, default=0, help="which persons are held out")
     p.add_argument("--labels", metavar="CSV", help="first column: the file's name or stem")
+    p.add_argument(
+        "--gauge",
+        default="keep",
+        metavar="keep|first|SPACE",
+        help="keep the files' own; or bring every LoRA, of any rank, into that of the first file or of a space",
+    )
     p.add_argument("-o", "--output", required=True, metavar="DATA")
     p.set_defaults(run=dataset)
 
@@ -79,7 +86,12 @@ def register(verbs: Any) -> None:
     p.set_defaults(run=basis)
 
     p = verbs.add_parser("train", help="train a space on a basis and its coefficients")
-    p.add_argument("basis", metavar="BASIS", help="from fit-basis; for --codec seed a data set")
+    p.add_argument(
+        "basis",
+        metavar="BASIS",
+        help="from fit-basis, or a folder of official w2w files; for --codec seed a data set",
+    )
+    p.add_argument("--components", type=int, help="of a folder of official files (default 1000)")
     p.add_argument("--codec", choices=sorted(CODECS), default=VaeTraining.codec)
     p.add_argument("--kl", choices=sorted(SCHEDULES), help="KL annealing")
     p.add_argument("--hidden", type=int, nargs="*", help="widths of the networks")
@@ -87,6 +99,7 @@ def register(verbs: Any) -> None:
     for name, text in HELP.items():
         default = f" (default {getattr(VaeTraining, name)})"
         p.add_argument(f"--{name.replace('_', '-')}", type=types[name], help=text + default)
+    p.add_argument("--layout", default="sd15", help="of official w2w files (default sd15)")
     p.add_argument("--checkpoint", metavar="FILE", help="saved there; taken up again if it exists")
     for fact in ("name", "space-version", "licence", "trigger-prompt"):
         p.add_argument(f"--{fact}", default="", help="stored in the space file")
@@ -119,7 +132,7 @@ def directions(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def dataset(args: argparse.Namespace) -> dict[str, Any]:
-    layout = _layout(args.layout)
+    layout = find_layout(args.layout)
     paths = sorted(p for folder in args.folders for p in Path(folder).rglob("*.safetensors"))
     if not paths:
         raise DataError(f"No .safetensors files in {', '.join(args.folders)}.")
@@ -131,7 +144,7 @@ def dataset(args: argparse.Namespace) -> dict[str, Any]:
     labels, names = _labels(args.labels, paths) if args.labels else (None, ())
     written = write_dataset(
         args.output,
-        (load_lora(path).vector(layout)[None] for path in paths),
+        (vector[None] for vector in _vectors(paths, layout, args.gauge)),
         layout,
         identity,
         heldout=heldout,
@@ -147,6 +160,23 @@ def dataset(args: argparse.Namespace) -> dict[str, Any]:
         "heldout_rows": len(written.heldout_rows),
         "labels": list(names),
     }
+
+
+def _vectors(paths: Sequence[Path], layout: Layout, gauge: str) -> Iterator[Tensor]:
+    """The vectors [P] of files, in the gauge asked for."""
+    if gauge == "keep":
+        yield from (load_lora(path).vector(layout) for path in paths)
+        return
+    if gauge != "first":
+        space = load_space(gauge)
+        if space.layout != layout:
+            raise ConfigError(
+                f"{gauge} has the layout '{space.layout.name}'; give it as --layout too."
+            )
+        yield from (vector_in(space, load_lora(path)) for path in paths)
+        return
+    first = aligned(load_lora(paths[0]), layout, None)
+    yield from (aligned(load_lora(path), layout, first) for path in paths)
 
 
 def basis(args: argparse.Namespace) -> dict[str, Any]:
@@ -185,6 +215,8 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _training_input(args: argparse.Namespace) -> tuple[Coefficients, AnyBasis]:
+    if Path(args.basis).is_dir():
+        return _w2w_input(args)
     kind = open_container(args.basis).metadata.get("format")
     if kind == "w2wpp.dataset":
         if args.codec != "seed":
@@ -197,6 +229,26 @@ def _training_input(args: argparse.Namespace) -> tuple[Coefficients, AnyBasis]:
         cut = fitted.truncated(args.latent)
         return coefficients.truncated(args.latent, fitted.singular_values), cut
     return coefficients, fitted
+
+
+def _w2w_input(args: argparse.Namespace) -> tuple[Coefficients, AnyBasis]:
+    """Official files: V.pt and the coefficients of the real identities, whose licence the space inherits."""
+    from ..imports.w2w import LICENCE, TRIGGER_PROMPT, open_w2w
+    from ..imports.w2w_space import w2w_basis, w2w_coefficients
+
+    if args.codec == "seed":
+        raise ConfigError("The seed's codec learns from raw vectors; official files hold none.")
+    args.licence, args.trigger_prompt = (
+        args.licence or LICENCE,
+        args.trigger_prompt or TRIGGER_PROMPT,
+    )
+    most = args.latent if args.codec == "pca" and args.latent else args.components
+    source = open_w2w(args.basis, layout=find_layout(args.layout))
+    stored = source.v.shape[1]
+    if source.coefficients is not None:
+        stored = min(stored, source.coefficients.shape[1])
+    source = open_w2w(args.basis, components=most or stored, layout=source.layout)
+    return w2w_coefficients(source), w2w_basis(source)
 
 
 def _settings(args: argparse.Namespace) -> VaeTraining:
@@ -233,7 +285,7 @@ def _print_line(p: Progress) -> None:
         print(f"{p.stage} epoch {p.epoch}: loss {p.loss:.4f}, best {p.best:.4f}", file=sys.stderr)
 
 
-def _layout(name: str) -> Layout:
+def find_layout(name: str) -> Layout:
     if name in LAYOUTS:
         return LAYOUTS[name]
     path = Path(name)

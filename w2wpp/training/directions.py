@@ -22,6 +22,7 @@ from .dataset import VectorDataset
 RIDGE = (
     1e-3  # in units of the latents' variance; steadies readings of nearly as many latents as rows
 )
+CHUNK = 8192  # rows at a time
 LEAST_OWN = 0.05  # share of |beta_a|^2 that the others may not explain away
 
 
@@ -53,7 +54,28 @@ def fit_directions(
     `against` names the attributes that a direction has to leave alone, all others by default.
     `test` holds latents and labels of other people, to score the readings on.
     """
-    beta, mean, std = readings(z, labels, names, ridge=ridge)
+    if labels.ndim != 2 or list(labels.shape) != [len(z), len(names)]:
+        raise DataError(
+            f"Directions need latents [N, d] and labels [N, {len(names)}] of the same people. Got "
+            f"{list(z.shape)} and {list(labels.shape)}."
+        )
+    sums = Moments(z.shape[1], len(names))
+    for rows in torch.arange(len(z)).split(CHUNK):
+        sums.add(z[rows], labels[rows])
+    return fit_from_moments(sums, names, debias=debias, against=against, test=test, ridge=ridge)
+
+
+def fit_from_moments(
+    sums: Moments,
+    names: Sequence[str],
+    *,
+    debias: bool = True,
+    against: Iterable[str] | None = None,
+    test: tuple[Tensor, Tensor] | None = None,
+    ridge: float = RIDGE,
+) -> Directions:
+    """The same from sums over people, for sets that do not fit in memory."""
+    beta, r2 = _readings(sums, names, ridge, test)
     chosen = set(names if against is None else against)
     unknown = sorted(chosen - set(names))
     if unknown:
@@ -72,33 +94,31 @@ def fit_directions(
             )
         steps.append(step)
         own.append(share)
-    z_test, true = test if test is not None else (z, labels)
-    read = (z_test.double() - z.double().mean(0)) @ beta
-    wanted = (true.double() - mean) / std
-    r2 = 1 - (read - wanted).square().sum(0) / (wanted - wanted.mean(0)).square().sum(0)
-    vectors = torch.stack(steps).float()
-    return Directions(tuple(names), vectors, r2.float(), torch.tensor(own))
+    return Directions(tuple(names), torch.stack(steps).float(), r2.float(), torch.tensor(own))
 
 
-def readings(
-    z: Tensor, labels: Tensor, names: Sequence[str], *, ridge: float = RIDGE
-) -> tuple[Tensor, Tensor, Tensor]:
-    """beta [d, A] that read standardised labels [N, A] from z [N, d], and the labels' mean and deviation [A]."""
-    if labels.ndim != 2 or list(labels.shape) != [len(z), len(names)] or len(z) < 3:
-        raise DataError(
-            f"Directions need latents [N, d] and labels [N, {len(names)}] of the same people. Got "
-            f"{list(z.shape)} and {list(labels.shape)}."
-        )
-    if not (bool(torch.isfinite(labels).all()) and bool(torch.isfinite(z).all())):
-        raise DataError("The latents or labels hold NaN or infinite numbers; complete the table.")
-    mean, std = labels.double().mean(0), labels.double().std(0)
-    constant = [name for name, deviation in zip(names, std.tolist()) if not deviation > 1e-9]
-    if constant:
-        raise DataError(f"Everybody has the same '{constant[0]}'; leave that column out.")
-    x, y = z.double() - z.double().mean(0), (labels.double() - mean) / std
-    gram = x.T @ x / len(x)
-    gram.diagonal().add_(ridge * gram.diagonal().mean())
-    return torch.linalg.solve(gram, x.T @ y / len(x)), mean, std
+class Moments:
+    """First and second moments of latents z [N, d] and labels [N, A], added up in double precision."""
+
+    def __init__(self, d: int, attributes: int) -> None:
+        size = d + attributes
+        self.d, self.count = d, 0
+        self.mean = torch.zeros(size, dtype=torch.float64)
+        self.scatter = torch.zeros(size, size, dtype=torch.float64)
+
+    def add(self, z: Tensor, labels: Tensor) -> None:
+        """Merge some rows (Chan et al. 1983)."""
+        both = torch.cat([z.double(), labels.double()], dim=1)
+        if not bool(torch.isfinite(both).all()):
+            raise DataError(
+                "The latents or labels hold NaN or infinite numbers; complete the table."
+            )
+        n, mean = len(both), both.mean(0)
+        delta, total = mean - self.mean, self.count + n
+        centred = both - mean
+        self.scatter += centred.T @ centred + torch.outer(delta, delta) * (self.count * n / total)
+        self.mean += delta * (n / total)
+        self.count = total
 
 
 def space_directions(
@@ -148,6 +168,29 @@ def report(directions: Directions, debias: bool) -> Mapping[str, object]:
         "reading_r2": {n: round(v, 4) for n, v in zip(directions.names, directions.r2.tolist())},
         "own_share": {n: round(v, 4) for n, v in zip(directions.names, directions.own.tolist())},
     }
+
+
+def _readings(
+    sums: Moments, names: Sequence[str], ridge: float, test: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor]:
+    """beta [d, A] that read standardised labels from latents, and their R2 [A]."""
+    d, n = sums.d, sums.count
+    if n < 3:
+        raise DataError(f"Directions need labelled people, at least three. Got {n}.")
+    covariance = sums.scatter / n
+    std = covariance.diagonal()[d:].sqrt()
+    constant = [name for name, deviation in zip(names, std.tolist()) if not deviation > 1e-9]
+    if constant:
+        raise DataError(f"Everybody has the same '{constant[0]}'; leave that column out.")
+    zz, zy = covariance[:d, :d], covariance[:d, d:] / std
+    ridged = zz + ridge * zz.diagonal().mean() * torch.eye(d, dtype=torch.float64)
+    beta = torch.linalg.solve(ridged, zy)
+    if test is None:
+        return beta, 2 * (beta * zy).sum(0) - (beta * (zz @ beta)).sum(0)
+    read = (test[0].double() - sums.mean[:d]) @ beta
+    wanted = (test[1].double() - sums.mean[d:]) / std
+    missed, spread = (read - wanted).square().sum(0), (wanted - wanted.mean(0)).square().sum(0)
+    return beta, 1 - missed / spread
 
 
 def _step(beta: Tensor, others: Tensor) -> tuple[Tensor, float]:

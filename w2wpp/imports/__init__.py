@@ -1,0 +1,1 @@
+"""Files of others: official weights2weights data and the seed's checkpoints."""

@@ -1,0 +1,232 @@
+"""The official weights2weights files: a folder with mean.pt, std.pt, V.pt and what belongs to them.
+
+A saved identity is coefficients k [K] with w = (V k) * std + mean, so k = V^T ((w - mean) / std).
+Some published standard deviations are negative (numerical noise). Both formulas are used with the
+sign as stored: it belongs to the coordinates in which V was found and cancels on the way back, while
+taking it away would mirror these parameters against V.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..basis import without_tiny
+from ..errors import ConfigError, FormatError
+from ..layout import SD15, Layout
+from ..lorafile import parse_key
+from .torchfile import Matrix, load_tensor, load_torch, open_matrix
+
+LICENCE = "Derived from the official weights2weights files (Snap Inc.): for non-commercial, academic use only."
+TRIGGER_PROMPT = "sks person"
+COLUMNS = 256  # of V held at a time, in half precision
+
+
+@dataclass(frozen=True, eq=False)
+class W2WFolder:
+    """What an official folder says, with V and the coefficients of the real identities left in their files."""
+
+    folder: Path
+    layout: Layout
+    mean: Tensor  # [P], in the layout's order
+    std: Tensor  # [P], signed
+    order: Tensor | None  # [P] places of the layout's numbers in the files', None if they agree
+    v: Matrix  # [P, all components]
+    coefficients: Matrix | None  # [N, K'] of the real identities, not whitened
+    components: int  # K
+    center: Tensor  # [K], mean coefficient
+    scale: Tensor  # [K], deviation of the coefficients: the singular values
+    prior: str  # where these two come from
+
+    def chunks(self) -> Iterator[Tensor]:
+        """The components [K, P] in half precision, some rows at a time."""
+        for start in range(0, self.components, COLUMNS):
+            rows = self.v.columns(slice(start, min(start + COLUMNS, self.components)))
+            lengths = rows.float().square().sum(1) if len(rows) < 8 else _lengths(rows)
+            if not bool(((lengths - 1).abs() < 0.02).all()):
+                raise FormatError(
+                    f"{self.v.path}: the columns from {start} on are not of unit length, so this is "
+                    "no orthonormal basis. Get the file again."
+                )
+            yield rows if self.order is None else rows[:, self.order]
+
+
+def open_w2w(
+    folder: str | os.PathLike[str], *, components: int | None = None, layout: Layout = SD15
+) -> W2WFolder:
+    """Read the small files of a folder and check the large ones by their headers."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FormatError(f"{folder}: no such folder. Name the one that holds mean.pt and V.pt.")
+    mean, std = load_tensor(folder / "mean.pt", ndim=1), load_tensor(folder / "std.pt", ndim=1)
+    v = open_matrix(folder / "V.pt")
+    sizes = {"mean.pt": len(mean), "std.pt": len(std), "V.pt": v.shape[0]}
+    wrong = [f"{name} has {n:,}" for name, n in sizes.items() if n != layout.size]
+    if wrong:
+        raise FormatError(
+            f"{folder}: {', '.join(wrong)} numbers per LoRA, the layout '{layout.name}' has "
+            f"{layout.size:,}. Use files of identity LoRAs for {layout.base_model}."
+        )
+    k = v.shape[1] if components is None else components
+    if not 1 <= k <= v.shape[1]:
+        raise ConfigError(f"V.pt holds {v.shape[1]} components. Ask for 1 to so many; got {k}.")
+    order = _order(folder, layout)
+    if order is not None:
+        mean, std = mean[order], std[order]
+    stored = folder / "proj_1000pc.pt"
+    coefficients = open_matrix(stored) if stored.is_file() else None
+    center, scale, prior = _prior(coefficients, k, layout.size)
+    std = without_tiny(std)
+    return W2WFolder(folder, layout, mean, std, order, v, coefficients, k, center, scale, prior)
+
+
+def provenance(source: W2WFolder, name: str) -> dict[str, Any]:
+    """What a space of these files says of itself."""
+    facts: dict[str, Any] = {
+        "name": name,
+        "version": "1",
+        "licence": LICENCE,
+        "trigger_prompt": TRIGGER_PROMPT,
+        "base_model": "Stable Diffusion 1.5 (trained on Realistic Vision 5.1)",
+        "made_by": "w2wpp import-w2w",
+        "prior": source.prior,
+        "negative_deviations": int((source.std < 0).sum()),
+    }
+    if source.coefficients is not None:
+        facts["training_report"] = {
+            "codec": "pca",
+            "rows": {"training": source.coefficients.shape[0]},
+        }
+    return facts
+
+
+def whitened(raw: Tensor, scale: Tensor) -> tuple[Tensor, float]:
+    """Official coefficients [B, K'] -> whitened ones [B, K], and the share of |k|^2 beyond K that is dropped."""
+    k = len(scale)
+    total = float(raw.double().square().sum())
+    dropped = float(raw[:, k:].double().square().sum()) / total if total > 0 else 0.0
+    padded = torch.nn.functional.pad(raw[:, :k], (0, max(0, k - raw.shape[1])))
+    return padded / scale, dropped
+
+
+def moments(matrix: Matrix, columns: int) -> tuple[Tensor, Tensor]:
+    """Mean and deviation [columns] over all rows, in double precision and one pass about the first row."""
+    first = matrix.part(slice(0, 1), slice(0, columns)).double()[0]
+    total, squares = torch.zeros_like(first), torch.zeros_like(first)
+    for _, values in matrix.rows(columns):
+        x = values.double() - first
+        total += x.sum(0)
+        squares += x.square().sum(0)
+    n = matrix.shape[0]
+    mean = total / n
+    variance = (squares - n * mean.square()) / max(1, n - 1)
+    return first + mean, variance.clamp_min(0).sqrt()
+
+
+def _lengths(rows: Tensor) -> Tensor:
+    return torch.stack([row.float().square().sum() for row in rows])
+
+
+def _prior(matrix: Matrix | None, k: int, p: int) -> tuple[Tensor, Tensor, str]:
+    """Mean and deviation [K] of the coefficients of real identities, and a sentence on their origin."""
+    if matrix is None:
+        # Standardised parameters have variance P together.
+        law = 1.0 / torch.arange(1, k + 1, dtype=torch.float64)
+        scale = (p * law / law.sum()).sqrt()
+        text = (
+            "assumed: proj_1000pc.pt was not there, so the variance of component k falls as 1 / k and adds up to "
+            "that of standardised weights; samples are less true to life than with that file"
+        )
+        return torch.zeros(k), scale.float(), text
+    known = min(k, matrix.shape[1])
+    center, scale = moments(matrix, known)
+    if matrix.shape[0] < 2 or not bool((scale > 0).all()):
+        raise FormatError(
+            f"{matrix.path}: some component is the same for all {matrix.shape[0]} identities. Get the "
+            "file again."
+        )
+    text = f"mean and deviation of the coefficients of {matrix.shape[0]} real identities"
+    if known < k:
+        beyond = torch.arange(known + 1, k + 1, dtype=torch.float64)
+        scale = torch.cat([scale, scale[-1] * (known / beyond).sqrt()])
+        center = torch.cat([center, torch.zeros(k - known, dtype=torch.float64)])
+        text += f"; beyond component {known} the variance is assumed to fall as 1 / k"
+    return center.float(), scale.float(), text
+
+
+def _order(folder: Path, layout: Layout) -> Tensor | None:
+    """Where the layout's numbers stand in the files, from weight_dimensions.pt; None: in the layout's order.
+
+    Names are compared in whatever spelling they have. Names that no spelling explains are taken to
+    be in the published order, if their sizes are.
+    """
+    path = folder / "weight_dimensions.pt"
+    if not path.is_file():
+        return None
+    table = load_torch(path)
+    if not isinstance(table, Mapping) or not table:
+        raise FormatError(f"{path} holds a {type(table).__name__}, expected a table of weights.")
+    sizes = [_size(path, name, value) for name, value in table.items()]
+    wanted = _expected(layout)
+    names = [_half(str(name)) for name in table]
+    if sorted(names) == sorted(name for name, _ in wanted):
+        return _permutation(path, names, sizes, wanted)
+    if sizes == [size for _, size in wanted]:
+        return None
+    raise FormatError(
+        f"{path} lists {len(sizes)} weights of {sum(sizes):,} numbers, which are not the {len(wanted)} of "
+        f"the layout '{layout.name}' ({layout.size:,}). Use files of identity LoRAs for "
+        f"{layout.base_model}."
+    )
+
+
+def _expected(layout: Layout) -> list[tuple[tuple[str, bool], int]]:
+    """((module, whether it is A), size) in the order of a vector."""
+    halves = []
+    for module, down, up in layout.slices():
+        halves.append(((module.name, True), down.stop - down.start))
+        halves.append(((module.name, False), up.stop - up.start))
+    return halves
+
+
+def _half(name: str) -> tuple[str, bool]:
+    module, part = parse_key(name)
+    return module, part in ("lora_A", "lora_down.weight", "down")
+
+
+def _permutation(
+    path: Path,
+    names: list[tuple[str, bool]],
+    sizes: list[int],
+    wanted: list[tuple[tuple[str, bool], int]],
+) -> Tensor | None:
+    starts, place = {}, 0
+    for name, size in zip(names, sizes):
+        starts[name] = (place, size)
+        place += size
+    odd = [name for name, size in wanted if starts[name][1] != size]
+    if odd:
+        raise FormatError(f"{path}: {odd[0][0]} has another size than in the layout.")
+    if names == [name for name, _ in wanted]:
+        return None
+    return torch.cat([torch.arange(starts[n][0], starts[n][0] + size) for n, size in wanted])
+
+
+def _size(path: Path, name: Any, value: Any) -> int:
+    """Numbers of an entry: (flat shape, tensor shape), or one of them alone."""
+    shape = value[-1] if isinstance(value, (tuple, list)) and value else value
+    if isinstance(shape, int):
+        shape = value if isinstance(value, (tuple, list)) else (value,)
+    try:
+        size = 1
+        for n in shape:
+            size *= int(n)
+    except TypeError as e:
+        raise FormatError(f"{path}: the entry of {name} is not a shape.") from e
+    return size

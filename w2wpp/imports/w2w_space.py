@@ -1,0 +1,180 @@
+"""A space file from official weights2weights files, written without ever holding V."""
+
+from __future__ import annotations
+
+import csv
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..basis import Basis
+from ..codecs import build_codec
+from ..container import Streamed, open_container, write_container
+from ..errors import DataError, FormatError
+from ..layout import Layout
+from ..space import compact
+from ..spacefile import FORMAT, copied, file_fingerprint
+from ..training.coefficients import Coefficients
+from ..training.directions import Directions, Moments, fit_from_moments, report
+from .w2w import W2WFolder, provenance
+
+
+def write_w2w_space(
+    source: W2WFolder,
+    path: str | os.PathLike[str],
+    *,
+    name: str,
+    directions: Directions | None = None,
+) -> dict[str, Any]:
+    """Write the linear space; returns its configuration.
+
+    The fingerprint stands in the header, before the numbers that it is made of: so the file is
+    written beside its place first, fingerprinted, and copied.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    facts = provenance(source, name)
+    if directions is not None:
+        facts["directions"] = dict(report(directions, True))
+    config = {**_architecture(source), "provenance": facts, "fingerprint": ""}
+    with tempfile.TemporaryDirectory(prefix=".import-", dir=path.parent) as folder:
+        draft = Path(folder) / "draft.safetensors"
+        write_container(draft, _tensors(source, directions), format=FORMAT, config=config)
+        file = open_container(draft, FORMAT)
+        config["fingerprint"] = file_fingerprint(file)
+        copies = {n: copied(file, n) for n in file.entries}
+        write_container(path, copies, format=FORMAT, config=config)
+    return config
+
+
+def w2w_basis(source: W2WFolder) -> Basis:
+    """The basis in memory (in half precision), for training."""
+    components = torch.cat(list(source.chunks()))
+    return Basis(source.mean, source.std, components, source.scale)
+
+
+def w2w_coefficients(source: W2WFolder) -> Coefficients:
+    """Whitened coefficients [N, K] of the real identities, which is all that training needs.
+
+    The files say nothing of single persons, so every row counts as one. What lies outside of the
+    components is known on average only: standardised parameters have variance 1 each.
+    """
+    matrix = source.coefficients
+    if matrix is None:
+        raise FormatError(
+            f"{source.folder} has no proj_1000pc.pt, the coefficients that a space is trained on. "
+            "Download it beside V.pt."
+        )
+    if source.components > matrix.shape[1]:
+        raise DataError(
+            f"proj_1000pc.pt holds {matrix.shape[1]} components; train on at most so many "
+            f"(--components). Got {source.components}."
+        )
+    values = torch.empty(matrix.shape[0], source.components)
+    for rows, k in matrix.rows(source.components):
+        values[rows] = k.float() / source.scale
+    varying = int((source.std != 0).sum())
+    rest = max(0.0, varying - float(source.scale.double().square().sum()))
+    n = len(values)
+    facts = {"source": "official weights2weights files", "rows": n, "prior": source.prior}
+    return Coefficients(
+        source.layout,
+        values,
+        torch.full((n,), rest),
+        torch.arange(n),
+        torch.zeros(n, dtype=torch.bool),
+        facts,
+    )
+
+
+def w2w_directions(
+    source: W2WFolder,
+    labels: str | os.PathLike[str],
+    *,
+    only: Sequence[str] | None = None,
+    against: Sequence[str] | None = None,
+) -> Directions:
+    """Directions from a table with a line for every row of proj_1000pc.pt, in the same order."""
+    matrix = source.coefficients
+    if matrix is None:
+        raise FormatError(
+            f"{source.folder} has no proj_1000pc.pt; without coefficients of labelled people there "
+            "are no edit directions. Download it beside V.pt, or leave out --labels."
+        )
+    table, names = read_labels(labels, matrix.shape[0])
+    if only is not None:
+        missing = [name for name in only if name not in names]
+        if missing:
+            raise DataError(f"{labels} has no column {missing[0]}; it has {', '.join(names)}.")
+        table, names = table[:, [names.index(name) for name in only]], tuple(only)
+    known = min(source.components, matrix.shape[1])
+    sums = Moments(known, len(names))
+    scale = source.scale[:known]
+    for rows, k in matrix.rows(known):
+        sums.add((k.float() - source.center[:known]) / scale, table[rows])
+    found = fit_from_moments(sums, names, against=against)
+    wide = torch.nn.functional.pad(found.vectors, (0, source.components - known))
+    return Directions(found.names, wide, found.r2, found.own)
+
+
+def read_labels(path: str | os.PathLike[str], rows: int) -> tuple[Tensor, tuple[str, ...]]:
+    """Labels [N, A] and their names, from a table whose first column names the person."""
+    path = Path(path)
+    if path.suffix == ".pt":
+        from .torchfile import ADVICE
+
+        raise FormatError(f"{path} is not read as a table. {ADVICE['identity_df.pt']}")
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as f:
+            table = [row for row in csv.reader(f) if row]
+    except (UnicodeDecodeError, csv.Error) as e:
+        raise FormatError(f"{path} is not a CSV table.") from e
+    if len(table) < 2 or len(table[0]) < 2:
+        raise FormatError(f"{path} needs a header line and a column of names before the labels.")
+    if len(table) - 1 != rows:
+        raise FormatError(
+            f"{path} has {len(table) - 1} lines, proj_1000pc.pt {rows} rows; they must be the same "
+            "people in the same order."
+        )
+    width = len(table[0])
+    try:
+        values = [[float(v) for v in row[1:]] for row in table[1:]]
+    except ValueError as e:
+        raise FormatError(f"{path}: the labels are not all numbers ({e}).") from e
+    if any(len(row) != width - 1 for row in values):
+        raise FormatError(f"{path}: not every line has the {width - 1} labels of the header.")
+    return torch.tensor(values, dtype=torch.float32), tuple(table[0][1:])
+
+
+def _architecture(source: W2WFolder) -> dict[str, Any]:
+    k = source.components
+    with torch.device("meta"):
+        codec = build_codec({"name": "pca", "coefficient_size": k, "latent_size": k})
+    layout: Layout = source.layout
+    basis = {"kind": Basis.kind, "size": layout.size, "rank": k}
+    return {"layout": layout.to_json(), "basis": basis, "codec": codec.config}
+
+
+def _tensors(source: W2WFolder, directions: Directions | None) -> dict[str, Tensor | Streamed]:
+    shape = (source.components, source.layout.size)
+    tensors: dict[str, Tensor | Streamed] = {
+        "basis.mean": compact(source.mean),
+        "basis.std": compact(source.std),
+        "basis.singular_values": compact(source.scale),
+        "basis.components": Streamed(torch.float16, shape, source.chunks()),
+        "prior.mean": compact(source.center / source.scale),
+        "prior.std": compact(torch.ones(source.components)),
+    }
+    for name, vector in _named(directions):
+        tensors[f"direction.{name}"] = compact(vector)
+    return tensors
+
+
+def _named(directions: Directions | None) -> Iterator[tuple[str, Tensor]]:
+    if directions is not None:
+        yield from directions.as_mapping().items()
