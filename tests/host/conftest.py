@@ -47,5 +47,10 @@ def workflow_names() -> list[str]:
     return sorted(path.stem for path in (REPO / "example_workflows").glob("*.json"))
 
 
+def runnable_names() -> list[str]:
+    """Those that run from a fresh install; the others need files that users download."""
+    return [name for name in workflow_names() if not name.startswith("sd15_")]
+
+
 def read_workflow(name: str) -> dict:
     return json.loads((REPO / "example_workflows" / f"{name}.json").read_text(encoding="utf-8"))

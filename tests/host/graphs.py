@@ -96,7 +96,8 @@ def _inputs(node: dict[str, Any], info: dict[str, Any], links: dict[int, Link]) 
     inputs: dict[str, Any] = {}
     for name, (kind, *options) in declared.items():
         if isinstance(kind, list) or kind in ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"):
-            inputs[name] = next(values)
+            # A workflow that was saved before an input was added has no value for it.
+            inputs[name] = next(values, options[0].get("default") if options else None)
             if options and options[0].get("control_after_generate"):
                 next(values)  # fixed, increment, ...: the front end keeps it to itself
     for slot in node.get("inputs", []):

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from .conftest import workflow_names
+from .conftest import runnable_names, workflow_names
 from .server import Host, Result
 
 pytest.importorskip("playwright", reason="the front-end tests need playwright")
@@ -25,7 +25,7 @@ def page() -> Iterator[Any]:
         yield opened
 
 
-@pytest.mark.parametrize("name", workflow_names())
+@pytest.mark.parametrize("name", runnable_names())
 def test_workflow_opens_and_runs(host: Host, page: Any, name: str) -> None:
     browser.open_template(page, host, name)
     assert browser.trouble(page) == {}
@@ -37,6 +37,16 @@ def test_workflow_opens_and_runs(host: Host, page: Any, name: str) -> None:
         "app.graph.nodes.filter(n => n.type === 'SaveImage').map(n => n.imgs?.[0]?.naturalWidth ?? 0)"
     )
     assert min(shown) > 100
+
+
+def test_the_sd15_workflow_opens_and_says_what_is_missing(host: Host, page: Any) -> None:
+    browser.open_template(page, host, "sd15_sample_identity")
+    assert "missing" not in browser.trouble(page)
+    page.get_by_test_id("queue-button").first.click()
+    page.wait_for_function("() => app.lastNodeErrors")
+    errors = page.evaluate("() => JSON.stringify(app.lastNodeErrors)")
+    assert "There is no space 'w2w.safetensors'" in errors
+    assert "https://huggingface.co/snap-research/weights2weights" in errors
 
 
 def test_a_broken_workflow_would_be_noticed(host: Host, page: Any) -> None:

@@ -8,15 +8,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from .conftest import read_workflow, workflow_names
+from .conftest import read_workflow, runnable_names, workflow_names
 from .graphs import to_prompt
-from .server import PACK_FOLDER, REPO, Host
+from .server import PACK_FOLDER, REPO, Host, PromptFailed
 
 # Rows and columns of faces in the saved picture, and the gap between them.
 FACES = {
     "sample_a_face": (1, 1, 0),
     "four_new_identities": (2, 2, 4),
     "walk_between_two": (1, 7, 2),
+    "edit_a_face": (1, 2, 24),
 }
 
 
@@ -27,7 +28,7 @@ def cells(picture: np.ndarray, rows: int, columns: int, gap: int) -> list[np.nda
     return [picture[y : y + height, x : x + width].astype(int) for y, x in corners]
 
 
-@pytest.mark.parametrize("name", workflow_names())
+@pytest.mark.parametrize("name", runnable_names())
 def test_workflow_runs_to_a_saved_picture(host: Host, object_info: dict, name: str) -> None:
     (picture,) = host.run(to_prompt(read_workflow(name), object_info)).pictures()
     faces = cells(picture, *FACES[name])
@@ -44,8 +45,32 @@ def test_a_walk_changes_the_face_little_by_little(host: Host, object_info: dict)
     assert all(np.abs(a - b).mean() < 0.6 * whole for a, b in pairwise(walk))
 
 
+def test_without_its_files_the_sd15_workflow_is_refused_with_where_to_get_them(
+    host: Host, object_info: dict
+) -> None:
+    with pytest.raises(PromptFailed) as failure:
+        host.run(to_prompt(read_workflow("sd15_sample_identity"), object_info))
+    message = str(failure.value)
+    assert "There is no space 'w2w.safetensors'" in message
+    assert "https://huggingface.co/snap-research/weights2weights" in message
+    assert "'w2wpp import-w2w files -o models/w2wpp/w2w.safetensors'" in message
+
+
+def test_with_a_space_in_place_the_sd15_workflow_asks_for_the_checkpoint_only(
+    host: Host, object_info: dict
+) -> None:
+    installed = host.base / "models" / "w2wpp" / "w2w.safetensors"
+    installed.write_bytes((REPO / "models" / "avatars-pca.safetensors").read_bytes())
+    try:
+        with pytest.raises(PromptFailed, match="ckpt_name") as failure:
+            host.run(to_prompt(read_workflow("sd15_sample_identity"), object_info))
+    finally:
+        installed.unlink()
+    assert "There is no space" not in str(failure.value)
+
+
 def test_each_workflow_has_a_thumbnail_where_the_gallery_looks(host: Host) -> None:
-    assert set(workflow_names()) == set(FACES)
+    assert set(runnable_names()) == set(FACES)
     assert sorted(host.json("/workflow_templates")[PACK_FOLDER]) == workflow_names()
     for name in workflow_names():
         thumbnail = REPO / "example_workflows" / f"{name}.jpg"
