@@ -9,11 +9,13 @@ from .edits import EditIdentity
 from .encoding import EncodeLora
 from .identities import Interpolate, PickIdentity, SampleIdentity
 from .identity_files import LoadIdentity, SaveIdentity
+from .inversion import InvertFromImage
 from .spaces import LoadSpace, SpaceInfo
 
 NODES: list[type[io.ComfyNode]] = [
     LoadSpace,
     SampleIdentity,
+    InvertFromImage,
     EncodeLora,
     LoadIdentity,
     Interpolate,

@@ -194,7 +194,7 @@ def denoiser(model: Any, layout: Layout, conditioning: list, plan: Plan) -> Iter
     """The UNet of ``model`` with its patches, under a prompt. Nothing stays behind when the block is left."""
     keys = host.check_fit(model, layout)
     _check_inputs(model)
-    times, _ = schedule(model)
+    times = _times(model)
     try:
         if plan.gradients:
             wanted = _parameters(model) * plan.dtype.itemsize + plan.activations
@@ -220,10 +220,13 @@ def denoiser(model: Any, layout: Layout, conditioning: list, plan: Plan) -> Iter
         comfy.model_management.soft_empty_cache()
 
 
-def schedule(model: Any) -> tuple[Tensor, tuple[Tensor, str]]:
-    """Timesteps as the UNet wants them [T], and the noise schedule: alphas_cumprod [T] with the kind of prediction."""
+def schedule(model: Any) -> tuple[Tensor, str]:
+    """The model's noise schedule: alphas_cumprod [T] in double precision, and what it predicts."""
     sampling = model.get_model_object("model_sampling")
-    known = (comfy.model_sampling.V_PREDICTION, "v_prediction"), (comfy.model_sampling.EPS, "eps")
+    known = (
+        (comfy.model_sampling.V_PREDICTION, "v_prediction"),  # an EPS as well, to the host
+        (comfy.model_sampling.EPS, "eps"),
+    )
     others = (
         comfy.model_sampling.EDM,
         comfy.model_sampling.X0,
@@ -236,8 +239,13 @@ def schedule(model: Any) -> tuple[Tensor, tuple[Tensor, str]]:
             f"Inversion knows models that predict eps or v on discrete timesteps; {host.model_name(model)} samples as "
             f"{', '.join(c.__name__ for c in type(sampling).__mro__[1:3])}."
         )
-    sigmas = sampling.sigmas.detach().clone().float()
-    return sampling.timestep(sigmas).float(), (1 / (sigmas.double() ** 2 + 1), kind)
+    return 1 / (sampling.sigmas.detach().clone().double() ** 2 + 1), kind
+
+
+def _times(model: Any) -> Tensor:
+    """What the UNet is told for each timestep [T]."""
+    sampling = model.get_model_object("model_sampling")
+    return sampling.timestep(sampling.sigmas.detach().clone()).float()
 
 
 def picture_latents(

@@ -1,0 +1,337 @@
+"""From pictures of a person to a point in a space."""
+
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from comfy_api.latest import io
+
+from .. import w2wpp
+from ..w2wpp import inversion
+from . import differentiable, host
+from .curve import draw_curve
+from .types import IdentitySocket, People, SpaceSocket, advanced, schema
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a method does by itself; every number can be set on the node."""
+
+    steps: int
+    draws: int  # noised copies of the pictures in a step
+    rate: float
+    prior: float
+    pivotal: float  # steps of the pivotal stage, as a share of the steps
+
+
+RECIPES = {
+    "adam": Recipe(steps=40, draws=8, rate=0.1, prior=1e-4, pivotal=0.25),
+    "cma": Recipe(steps=60, draws=4, rate=0.3, prior=1e-4, pivotal=0.0),
+    "hybrid": Recipe(steps=40, draws=8, rate=0.1, prior=1e-4, pivotal=0.25),
+}
+PREVIEW_STEPS = 8  # of DDIM: enough to know the face by
+
+
+class InvertFromImage(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="W2WPP_InvertFromImage",
+            display_name="W2W++ Invert from Image",
+            description="Finds the person of a picture in a space: the identity with which the model explains the "
+            "picture best. From there they can be painted in other scenes, edited and mixed.",
+            search_aliases=[
+                "photo to identity",
+                "image to lora",
+                "face inversion",
+                "one shot lora",
+                "weights2weights",
+            ],
+            inputs=[
+                io.Model.Input(
+                    "model",
+                    tooltip="The model that the space was learned on, LoRAs included if it has any. It stays as it is.",
+                ),
+                io.Vae.Input("vae", tooltip="The VAE that belongs to the model."),
+                io.Conditioning.Input(
+                    "positive",
+                    tooltip="A prompt that describes the picture, with the space's trigger words: what the prompt says "
+                    "the identity need not learn.",
+                ),
+                SpaceSocket.Input(
+                    "space", tooltip="Where to look for the person, from W2W++ Load Space."
+                ),
+                io.Image.Input(
+                    "image",
+                    tooltip="A picture of the person, or a batch of pictures of the same person.",
+                ),
+                io.Combo.Input(
+                    "method",
+                    options=list(RECIPES),
+                    default="adam",
+                    tooltip="adam follows the gradient and is the quickest. hybrid tries several starts before. "
+                    "cma needs no gradient, and so no more memory than painting, but many more evaluations.",
+                ),
+                io.Int.Input(
+                    "steps",
+                    default=0,
+                    min=0,
+                    max=10000,
+                    tooltip="How many steps to take at most; it stops earlier when nothing improves. 0 takes the "
+                    "method's own number.",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=True,
+                    tooltip="Of the noise under which the picture is looked at. The result hardly depends on it.",
+                ),
+                io.Mask.Input(
+                    "mask",
+                    optional=True,
+                    tooltip="White where the person is, of any size. Without one the background counts as much as "
+                    "the face.",
+                ),
+                IdentitySocket.Input(
+                    "start",
+                    optional=True,
+                    tooltip="Where to start from, such as an inversion that was cancelled, or someone similar. Without "
+                    "it the space's own guess from the picture is taken, or else its average person.",
+                ),
+                io.Int.Input(
+                    "batch",
+                    default=0,
+                    min=0,
+                    max=256,
+                    tooltip="How many noised copies of the pictures each step looks at. More is steadier and slower. 0 "
+                    "takes the method's own number.",
+                    **advanced(),
+                ),
+                io.Float.Input(
+                    "learning_rate",
+                    default=0.0,
+                    min=0.0,
+                    max=10.0,
+                    step=0.005,
+                    tooltip="How far a step goes: for cma the width of its first population, in standard deviations of "
+                    "the space. 0 takes the method's own.",
+                    **advanced(),
+                ),
+                io.Float.Input(
+                    "prior",
+                    default=-1.0,
+                    min=-1.0,
+                    max=10.0,
+                    step=0.001,
+                    round=0.0001,
+                    tooltip="How strongly the person is held near the people that the space knows: 0 not at all. -1 "
+                    "takes the recommended strength.",
+                    **advanced(),
+                ),
+                io.Float.Input(
+                    "pivotal",
+                    default=-1.0,
+                    min=-1.0,
+                    max=1.0,
+                    step=0.05,
+                    tooltip="The share of the steps that refines, at the end, what the space can't express. Nearer to "
+                    "the picture, somewhat less editable; 0 is never, and -1 takes the recommended share. Needs "
+                    "gradients.",
+                    **advanced(),
+                ),
+                io.Int.Input(
+                    "resolution",
+                    default=0,
+                    min=0,
+                    max=2048,
+                    step=8,
+                    tooltip="The pictures are scaled to the area of a square with sides this long. 0 takes the size "
+                    "that the model paints at.",
+                    **advanced(),
+                ),
+                io.Int.Input(
+                    "preview_every",
+                    default=10,
+                    min=0,
+                    max=10000,
+                    tooltip="After how many steps the person found so far is painted on the node, if previews are on "
+                    "in the host's settings. 0 is never.",
+                    **advanced(),
+                ),
+            ],
+            outputs=[
+                IdentitySocket.Output(
+                    display_name="identity", tooltip="The person, together with their space."
+                ),
+                io.Image.Output(
+                    display_name="curve", tooltip="The loss at every step, and the best so far."
+                ),
+                io.String.Output(
+                    display_name="report",
+                    tooltip="What was done, on which device, how far it came and why it stopped.",
+                ),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model,
+        vae,
+        positive,
+        space,
+        image,
+        method: str,
+        steps: int,
+        seed: int,
+        batch: int,
+        learning_rate: float,
+        prior: float,
+        pivotal: float,
+        resolution: int,
+        preview_every: int,
+        mask=None,
+        start=None,
+    ) -> io.NodeOutput:
+        known = RECIPES[method]
+        recipe = Recipe(
+            steps or known.steps,
+            batch or known.draws,
+            learning_rate or known.rate,
+            known.prior if prior < 0 else prior,
+            known.pivotal if pivotal < 0 else pivotal,
+        )
+        with host.ordinary_tensors():
+            pixels = resolution or host.usual_size(model)
+            pictures = differentiable.picture_latents(model, vae, image, mask, pixels)
+            task = _Task(model, positive, space, *pictures, method, recipe, seed)
+            watch = _Watcher(task, host.Watch(model, cls.hidden.unique_id), preview_every)
+            solution = task.solve(None if start is None else start.identity, watch)
+        report = watch.report(solution)
+        curve = draw_curve(solution.history, f"{method}, {len(solution.history)} steps")
+        return io.NodeOutput(People(solution.identity, space), curve, report)
+
+
+@dataclass(frozen=True)
+class _Task:
+    """Whom to find where, and how."""
+
+    model: Any
+    prompt: list
+    space: w2wpp.Space
+    pictures: torch.Tensor  # [n, C, h, w]
+    mask: torch.Tensor | None  # [n, 1, h, w]
+    method: str
+    recipe: Recipe
+    seed: int
+
+    def solve(self, start: w2wpp.Identity | None, watch: "_Watcher") -> inversion.Solution:
+        recipe = self.recipe
+        pivotal_steps = round(recipe.pivotal * recipe.steps)
+        gradients = self.method != "cma" or pivotal_steps > 0
+        plan = differentiable.plan(
+            self.model, (recipe.draws, *self.pictures.shape[1:]), gradients=gradients
+        )
+        space = self.space if plan.device.type == "cpu" else self.space.to(plan.device)
+        with differentiable.denoiser(self.model, space.layout, self.prompt, plan) as denoise:
+            schedule = inversion.NoiseSchedule(*differentiable.schedule(self.model))
+            watch.begin(denoise, schedule, space)
+            objective = inversion.Objective(
+                space,
+                self.pictures.to(plan.device),
+                denoise,
+                schedule,
+                draws=recipe.draws,
+                seed=self.seed,
+                mask=self.mask,
+                prior=recipe.prior,
+                micro_batch=plan.rows,
+            )
+            with watch.keeping_the_best():
+                return inversion.invert(
+                    objective,
+                    self._optimiser(),
+                    steps=recipe.steps,
+                    start=start,
+                    pivotal=inversion.Pivotal(steps=pivotal_steps) if pivotal_steps else None,
+                    seed=self.seed,
+                    callback=watch,
+                )
+
+    def _optimiser(self) -> inversion.Optimiser:
+        rate = self.recipe.rate
+        if self.method == "cma":
+            return inversion.Cma(sigma=rate)
+        adam = inversion.Adam(lr=rate)
+        return inversion.Hybrid(adam=adam) if self.method == "hybrid" else adam
+
+
+class _Watcher:
+    """Shows how it goes after every step, and saves the best so far if it ends early."""
+
+    def __init__(self, task: _Task, watch: host.Watch, preview_every: int) -> None:
+        self._task, self._watch = task, watch
+        self._every = preview_every if watch.shows_previews else 0
+        self._best: w2wpp.Identity | None = None
+        self._started = time.monotonic()
+
+    def begin(self, denoise: Any, schedule: inversion.NoiseSchedule, space: w2wpp.Space) -> None:
+        self._denoise, self._schedule, self._space = denoise, schedule, space
+        shape = (1, *self._task.pictures.shape[1:])
+        generator = torch.Generator().manual_seed(self._task.seed)
+        self._noise = torch.randn(shape, generator=generator).to(denoise.plan.device)
+        self._watch.show(0, self._task.recipe.steps, f"{denoise.plan}")
+
+    def __call__(self, progress: inversion.Progress) -> None:
+        self._best = progress.best
+        preview = None
+        if self._every and (progress.step % self._every == 0 or progress.step == progress.steps):
+            preview = self._face(progress.best)
+        text = (
+            f"{progress.stage}: step {progress.step} of {progress.steps}, loss {progress.loss:.5g}"
+        )
+        self._watch.show(progress.step, progress.steps, text, preview)
+
+    def _face(self, identity: w2wpp.Identity) -> torch.Tensor:
+        """Latents of the person under the prompt, always from the same noise."""
+        vector = self._space.decode(identity.z, identity.residual)
+        alphas, kind = self._schedule.alphas_cumprod, self._schedule.prediction
+        return differentiable.paint(self._denoise, self._noise, vector, alphas, kind, PREVIEW_STEPS)
+
+    @contextlib.contextmanager
+    def keeping_the_best(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:  # Cancel, memory, anything: the steps so far were paid for
+            if self._best is not None:
+                path, label = host.new_identity_file("unfinished")
+                w2wpp.save_identity(self._best, path)
+                self._watch.tell(
+                    f"The best so far is {label}: W2W++ Load Identity opens it, for 'start'."
+                )
+            raise
+
+    def report(self, solution: inversion.Solution) -> str:
+        task, history = self._task, solution.history
+        seconds = time.monotonic() - self._started
+        count, _, height, width = task.pictures.shape
+        lines = [
+            f"{count} {'picture' if count == 1 else 'pictures'}, latents {width} x {height}"
+            + (", masked" if task.mask is not None else ""),
+            f"{task.method}: {task.recipe}",
+            f"Loss {history[0]:.5g} to {min(history):.5g}; {solution.stop_reason}",
+            f"{solution.evaluations} evaluations of the UNet in {seconds:.1f} s, {self._denoise.plan}",
+            f"Distance from the average person {float(solution.identity.z.square().mean()) ** 0.5:.2f} "
+            "(people of the space: about 1)",
+        ]
+        if solution.residual_norm:
+            lines.append(
+                f"Outside of the space: {solution.residual_norm:.2f} in whitened coefficients"
+            )
+        return "\n".join(lines)
