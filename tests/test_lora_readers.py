@@ -1,0 +1,91 @@
+"""Written LoRAs in the hands of others: diffusers' loaders and PEFT apply the very update that the layout means."""
+
+import pytest
+import torch
+
+from w2wpp import save_lora, transformer_layout
+
+pytest.importorskip("diffusers", reason="diffusers is not installed")
+pytest.importorskip("peft", reason="PEFT is not installed; diffusers loads LoRAs through it too")
+
+from diffusers import UNet2DConditionModel
+from diffusers.loaders import StableDiffusionLoraLoaderMixin
+from peft import LoraConfig, get_peft_model
+from peft.utils import set_peft_model_state_dict
+from safetensors.torch import load_file
+
+CONTEXT, ALPHA = 24, 27.0
+TARGETS = ("to_q", "to_v")
+
+
+def small_unet():
+    """SD 1.5's UNet, narrow: every module has the name that it has there."""
+    return UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(32, 64, 64, 64),
+        norm_num_groups=8,
+        attention_head_dim=8,
+        cross_attention_dim=CONTEXT,
+    ).requires_grad_(False)
+
+
+@pytest.fixture(scope="module", params=[1, 4], ids=["rank 1", "rank 4"])
+def layout(request):
+    found = [
+        (name.removesuffix(".attn1.to_q"), module.in_features)
+        for name, module in small_unet().named_modules()
+        if name.endswith(".attn1.to_q")
+    ]
+    return transformer_layout(
+        "narrow", "sd15", found, context_dim=CONTEXT, rank=request.param, alpha=ALPHA
+    )
+
+
+@pytest.fixture(scope="module")
+def lora(layout):
+    g = torch.Generator().manual_seed(0)
+    return layout.unpack(0.1 * torch.randn(layout.size, generator=g))
+
+
+def deltas(model):
+    """{module: its update} of every adapted layer."""
+    found = {}
+    for name, module in model.named_modules():
+        if hasattr(module, "get_delta_weight"):
+            adapter = next(iter(module.lora_A))
+            found[name.removeprefix("base_model.model.")] = module.get_delta_weight(adapter)
+    return found
+
+
+def assert_the_same(found, lora, layout):
+    assert len(found) == len(layout.modules) == 64
+    for name, (a, b) in lora.items():
+        torch.testing.assert_close(found[name], layout.scale * b @ a, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("format", ["kohya", "diffusers"])
+def test_the_pipelines_loader(tmp_path, layout, lora, format):
+    """What `pipe.load_lora_weights(file)` does, without a pipeline."""
+    path = tmp_path / "face.safetensors"
+    save_lora(lora, path, format=format, alpha=ALPHA, metadata={"w2wpp.space": "test"})
+    state, alphas = StableDiffusionLoraLoaderMixin.lora_state_dict(str(path), local_files_only=True)
+    unet = small_unet()
+    StableDiffusionLoraLoaderMixin.load_lora_into_unet(state, network_alphas=alphas, unet=unet)
+    assert_the_same(deltas(unet), lora, layout)
+
+
+def test_the_models_own_loader(tmp_path, layout, lora):
+    path = tmp_path / "face.safetensors"
+    save_lora(lora, path, format="diffusers", alpha=ALPHA)
+    unet = small_unet()
+    unet.load_lora_adapter(str(path), prefix="unet", local_files_only=True)
+    assert_the_same(deltas(unet), lora, layout)
+
+
+def test_peft_with_the_configuration_beside_it(tmp_path, layout, lora):
+    path = tmp_path / "adapter_model.safetensors"
+    save_lora(lora, path, format="peft", alpha=ALPHA)
+    model = get_peft_model(small_unet(), LoraConfig.from_pretrained(str(tmp_path)))
+    outcome = set_peft_model_state_dict(model, load_file(str(path)))
+    assert not outcome.unexpected_keys
+    assert_the_same(deltas(model), lora, layout)
