@@ -20,6 +20,7 @@ from .errors import ConfigError, DataError, ShapeError
 from .identity import Identity
 from .layout import Layout
 from .noise import standard_normal
+from .start import StartNetwork
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +43,7 @@ class Space:
     directions: Mapping[str, Tensor] = field(
         default_factory=dict
     )  # attribute directions [d], standardised latents
+    start: StartNetwork | None = None  # picture -> latent, the amortised start of an inversion
 
     def __post_init__(self) -> None:
         if (self.layout.size, self.basis.rank) != (self.basis.size, self.codec.coefficient_size):
@@ -56,6 +58,11 @@ class Space:
         if wrong:
             raise ShapeError(
                 f"The latents of this codec have {d[0]} dimensions. Got {', '.join(wrong)}."
+            )
+        if self.start is not None and self.start.latent_size != d[0]:
+            raise ShapeError(
+                f"The latents of this codec have {d[0]} dimensions, those of its start network "
+                f"{self.start.latent_size}."
             )
         if not bool((self.prior_std > 0).all()):
             raise ConfigError("The prior's standard deviations must be positive.")
@@ -122,6 +129,14 @@ class Space:
         how = {"made_by": "sample", "seed": seed, "truncation": truncation, "space": self.name}
         return Identity(z, self.fingerprint, None, how)
 
+    def start_from(self, pictures: Tensor) -> Identity:
+        """What the start network makes of pictures [n, 3, H, W] in [-1, 1]: n identities."""
+        if self.start is None:
+            raise ConfigError(f"The space '{self.name}' has no start network.")
+        with torch.no_grad():
+            z = self.start(pictures.to(self.prior_mean)).float()
+        return Identity(z, self.fingerprint, None, {"made_by": "start network", "space": self.name})
+
     def to(self, device: torch.device | str) -> Space:
         """The same space with its tensors on a device."""
         self.codec.materialise()
@@ -132,6 +147,7 @@ class Space:
             prior_mean=self.prior_mean.to(device),
             prior_std=self.prior_std.to(device),
             directions={name: t.to(device) for name, t in self.directions.items()},
+            start=None if self.start is None else copy.deepcopy(self.start).to(device),
         )
         vars(moved)["fingerprint"] = self.fingerprint
         return moved

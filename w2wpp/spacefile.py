@@ -2,9 +2,9 @@
 and provenance.
 
     metadata   format "w2wpp.space", format_version "1", config (JSON: layout, basis, codec,
-    provenance, fingerprint) basis.*    mean, std [P]; components [K, P] half precision;
+    provenance, fingerprint; start if there is one) basis.*    mean, std [P]; components [K, P] half precision;
     singular_values [K]   (none for an affine basis) codec.*    the codec's parameters, under their
-    own names prior.*    mean, std [d] direction.<name> [d]
+    own names prior.*    mean, std [d] direction.<name> [d] start.*    the start network's parameters, half precision
 
 A space is opened lazily: the header is read and checked, tensors stay in the file until they are
 used.
@@ -28,6 +28,7 @@ from .container import Container, Streamed, open_container, write_container
 from .errors import ConfigError, FormatError, SpaceMismatch
 from .layout import Layout
 from .space import Space, compact, fingerprint_of
+from .start import StartNetwork, build_start
 
 FORMAT = "w2wpp.space"
 COPY_BYTES = 64 * 2**20
@@ -42,7 +43,12 @@ def save_space(space: Space, path: str | os.PathLike[str]) -> None:
         "provenance": dict(space.provenance),
         "fingerprint": space.fingerprint,
     }
-    write_container(path, {**space.tensors(), **directions}, format=FORMAT, config=config)
+    start: dict[str, Tensor] = {}
+    if space.start is not None:
+        config["start"] = space.start.config
+        start = {f"start.{n}": t.detach().cpu().half() for n, t in space.start.state_dict().items()}
+    tensors = {**space.tensors(), **directions, **start}
+    write_container(path, tensors, format=FORMAT, config=config)
 
 
 def load_space(path: str | os.PathLike[str]) -> Space:
@@ -70,6 +76,7 @@ def load_space(path: str | os.PathLike[str]) -> Space:
             for n in file.entries
             if n.startswith("direction.")
         },
+        _start(file, file.config["start"]) if "start" in file.config else None,
     )
     vars(space)["fingerprint"] = str(
         fingerprint
@@ -144,6 +151,21 @@ def _codec(file: Container, config: Mapping[str, Any]) -> Codec:
         file.require(f"codec.{name}", tuple(t.shape), *FLOATS)
     codec.read_later(lambda: {name: _single(file, f"codec.{name}") for name in expected})
     return codec
+
+
+def _start(file: Container, config: Mapping[str, Any]) -> StartNetwork:
+    """The start network; its weights are few, and read at once."""
+    try:
+        with torch.device("meta"):
+            network = build_start(config)
+    except (KeyError, TypeError, ValueError) as e:
+        raise FormatError(f"{file.path}: the start network's sizes do not read: {e}.") from e
+    expected = network.state_dict()
+    for name, t in expected.items():
+        file.require(f"start.{name}", tuple(t.shape), *FLOATS)
+    weights = {name: _single(file, f"start.{name}") for name in expected}
+    network.load_state_dict(weights, assign=True)
+    return network.requires_grad_(False).eval()
 
 
 def _check_budget(file: Container, config: Mapping[str, Any]) -> None:

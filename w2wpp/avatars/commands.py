@@ -58,6 +58,13 @@ def register(verbs: Any) -> None:
     directions.add_argument("--ship", action="store_true", help="store what passes in the spaces")
     directions.add_argument("-o", "--output", type=Path, default=RESULTS / "directions.json")
 
+    start = _stage(stages, "start", "train the network that starts inversions, into space files")
+    start.add_argument(
+        "--space", nargs="+", type=Path, metavar="SPACE", default=[], help="files to write it into"
+    )
+    start.add_argument("--data", type=Path, help="data set with labels (default: as above)")
+    start.add_argument("--ship", action="store_true", help="also into both spaces of models/")
+
     _stage(stages, "list", "write models/README.md: sizes and checksums of what ships")
 
 

@@ -17,7 +17,7 @@ import torch
 from ..spacefile import load_space, save_directions
 from ..training.dataset import VectorDataset, load_dataset
 from ..training.directions import report, space_directions
-from . import directions, evaluation, spaces
+from . import directions, evaluation, spaces, start
 from .base import save_base
 from .catalogue import catalogue
 from .commands import MODELS
@@ -142,6 +142,13 @@ def run_directions(args: Namespace) -> dict[str, Any]:
     _write_json(args.output, result)
     args.output.with_suffix(".md").write_text("\n".join(tables), encoding="utf-8")
     return {"written": str(args.output)}
+
+
+def run_start(args: Namespace) -> dict[str, Any]:
+    dataset, network = _dataset(args), start.reader(args.work, _log)
+    shipped = [MODELS / f"{name}.safetensors" for name in ("avatars", "avatars-pca")]
+    paths = [*args.space, *(shipped if args.ship else [])]
+    return {"written": [str(start.add_start(path, network, dataset)) for path in paths]}
 
 
 def run_list(args: Namespace) -> dict[str, Any]:

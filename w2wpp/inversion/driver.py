@@ -60,6 +60,7 @@ def invert(
     steps: int,
     start: Identity | None = None,
     pivotal: Pivotal | None = None,
+    within: Tensor | None = None,
     patience: int | None = None,
     compare: int = 0,
     keep: str = "best",
@@ -71,10 +72,16 @@ def invert(
 
     Points are compared by `compare` draws kept aside for that, where fresh draws make the steps' own losses
     incomparable (8 if not given), and by the steps' own losses otherwise. `keep="last"` returns where the run ends
-    instead of the best point met. `patience` is the number of steps without an improvement after which a stage ends.
-    An exception of the callback or the denoiser passes through; a checkpoint written before it lets the same call
-    go on from there.
+    instead of the best point met. `within` [r, d] keeps the latent on start + x @ within: one picture says much of its
+    background, light and pose, and directions that tell people apart keep an inversion from fitting those.
+    `patience` is the number of steps without an improvement after which a stage ends. An
+    exception of the callback or the denoiser passes through; a checkpoint written before it lets the same call go on
+    from there.
     """
+    if within is not None and (within.ndim != 2 or within.shape[1] != objective.space.latent_size):
+        raise ShapeError(
+            f"`within` holds directions [r, {objective.space.latent_size}]. Got {list(within.shape)}."
+        )
     if steps < 1 or (patience is not None and patience < 1) or keep not in ("best", "last"):
         raise ConfigError(
             f"An inversion takes at least one step, positive patience, and keeps 'best' or 'last'. Got "
@@ -86,6 +93,7 @@ def invert(
         steps,
         start,
         pivotal,
+        within,
         patience,
         compare,
         keep,
@@ -103,6 +111,7 @@ class _Inversion:
         steps: int,
         start: Identity | None,
         pivotal: Pivotal | None,
+        within: Tensor | None,
         patience: int | None,
         compare: int,
         keep: str,
@@ -119,6 +128,7 @@ class _Inversion:
             self.aside = objective.evaluation(compare or 8)
         self.z, self.residual = self._start(start)
         self.origin = start
+        self.within = None if within is None else within.to(self.z)
         self.history: list[float] = []
         self.done = self.steps_of_first = 0
         self.before = objective.rows_evaluated
@@ -128,9 +138,10 @@ class _Inversion:
     def solve(self) -> Solution:
         stage, state = self._resume()
         if stage == 0:
-            run = self.optimiser.begin(self.z, steps=self.steps, seed=self.seed)
+            x = self.z if self.within is None else self.z.new_zeros(len(self.z), len(self.within))
+            run = self.optimiser.begin(x, steps=self.steps, seed=self.seed)
             self._stage(0, run, self.steps, state)
-            self.z, state = self._settled(self.z, run), {}
+            self.z, state = self._place(0, self._settled(x, run))[0], {}
         if self.pivotal and not self.stop_reason.startswith("stopped"):
             if self.residual is None:
                 self.residual = torch.zeros(
@@ -184,6 +195,8 @@ class _Inversion:
                 assert residual is not None and self.pivotal is not None
                 losses = losses + 0.5 * self.pivotal.decay * residual.square().sum(1)
                 gradients = gradients + self.pivotal.decay * residual
+            elif self.within is not None:
+                gradients = gradients @ self.within.T
         else:
             with torch.no_grad():
                 losses, gradients = self.objective.loss(z, residual, draw), None
@@ -238,6 +251,8 @@ class _Inversion:
         repeat = len(asked) // self.objective.people
         if stage:
             return self.z.repeat_interleave(repeat, 0), asked
+        if self.within is not None:
+            asked = self.z.repeat_interleave(repeat, 0) + asked @ self.within
         if self.residual is None:
             return asked, None
         return asked, self.residual.repeat_interleave(repeat, 0)

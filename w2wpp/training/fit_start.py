@@ -1,0 +1,89 @@
+"""Train a start network (picture -> latent) from pictures of people whose LoRAs are known, and of people whose are not.
+
+Few people have a LoRA, pictures of people are plenty. So the network learns to read what is known of the people in
+pictures (their labels: traits, or any pretrained embedding), and a ridge regression on the few maps labels to latents.
+Both are linear at the end and fold into one layer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import DataError
+from ..metrics import ridge_regression
+from ..start import StartNetwork, build_start
+
+# pictures(count, generator) -> pictures [count, 3, H, W] in [-1, 1] and labels [count, L] of who is in them
+Pictures = Callable[[int, torch.Generator], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class StartTraining:
+    seed: int = 11
+    steps: int = 1500
+    batch: int = 128
+    learning_rate: float = 2e-3  # peak; linear warm-up, cosine to zero
+    noise: float = 0.04  # largest deviation of the white noise added to a picture
+    penalty: float = 0.05  # of the ridge regression, in mean eigenvalues of its Gram matrix
+    size: int = 32
+    width: int = 32
+    features: int = 128
+
+
+def train_reader(
+    pictures: Pictures,
+    labels: int,
+    config: StartTraining,
+    *,
+    callback: Callable[[str], None] = lambda line: None,
+) -> StartNetwork:
+    """A network that reads labels [L] from pictures."""
+    generator = torch.Generator().manual_seed(config.seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        network = StartNetwork(
+            labels, size=config.size, width=config.width, features=config.features
+        )
+    optimiser = torch.optim.AdamW(network.parameters(), lr=config.learning_rate, weight_decay=0.02)
+    for step in range(config.steps):
+        warm = min(1.0, (step + 1) / 100)
+        rate = warm * 0.5 * (1 + math.cos(math.pi * step / config.steps))
+        optimiser.param_groups[0]["lr"] = config.learning_rate * rate
+        seen, wanted = pictures(config.batch, generator)
+        deviation = config.noise * torch.rand(len(seen), 1, 1, 1, generator=generator)
+        seen = seen + deviation * torch.randn(seen.shape, generator=generator)
+        with torch.autocast(seen.device.type, torch.bfloat16):
+            read = network(seen)
+        loss = F.mse_loss(read.float(), wanted)
+        optimiser.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimiser.step()
+        if (step + 1) % 100 == 0:
+            callback(f"start step {step + 1}/{config.steps} loss {loss.item():.4f}")
+    return network.requires_grad_(False).eval()
+
+
+def start_from_reader(
+    reader: StartNetwork, labels: Tensor, z: Tensor, *, penalty: float = 0.05, scale: float = 1.0
+) -> StartNetwork:
+    """Labels [N, L] and latents [N, d] of the training people turn a reader of labels into one of latents."""
+    if len(labels) != len(z) or len(z) < 2:
+        raise DataError(f"Labels and latents go by person. Got {len(labels)} and {len(z)}.")
+    middle, weights, mean = ridge_regression(labels, z, penalty)  # [L], [L, d], [d]
+    sizes = {**reader.config, "latent_size": z.shape[1], "rank": labels.shape[1]}
+    network = build_start(sizes)
+    own = ("head", "spread", "scale")
+    parts = {n: t for n, t in reader.state_dict().items() if not n.startswith(own)}
+    parts["head.weight"] = weights.T @ reader.head.weight  # [d, F]
+    parts["head.bias"] = (reader.head.bias - middle) @ weights + mean
+    parts["spread"] = labels.std(0)[:, None] * weights  # [L, d]
+    parts["scale"] = torch.tensor(float(scale))
+    network.load_state_dict(parts)
+    return network.requires_grad_(False).eval()
