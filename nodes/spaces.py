@@ -47,7 +47,8 @@ class LoadSpace(io.ComfyNode):
 
     @classmethod
     def execute(cls, space: str) -> io.NodeOutput:
-        return io.NodeOutput(w2wpp.load_space(host.space_path(space)))
+        with host.ordinary_tensors():
+            return io.NodeOutput(w2wpp.load_space(host.space_path(space)))
 
 
 class SpaceInfo(io.ComfyNode):
