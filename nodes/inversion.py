@@ -27,10 +27,16 @@ class Recipe:
     pivotal: float  # steps of the pivotal stage, as a share of the steps
 
 
-RECIPES = {
-    "adam": Recipe(steps=40, draws=8, rate=0.1, prior=1e-4, pivotal=0.25),
-    "cma": Recipe(steps=60, draws=4, rate=0.3, prior=1e-4, pivotal=0.0),
-    "hybrid": Recipe(steps=40, draws=8, rate=0.1, prior=1e-4, pivotal=0.25),
+# From the guess of a space's start network, and from its average person.
+NEAR = {
+    "adam": Recipe(steps=8, draws=8, rate=0.05, prior=0.0, pivotal=0.0),
+    "cma": Recipe(steps=10, draws=8, rate=0.1, prior=0.0, pivotal=0.0),
+    "hybrid": Recipe(steps=8, draws=8, rate=0.05, prior=0.0, pivotal=0.0),
+}
+FAR = {
+    "adam": Recipe(steps=50, draws=8, rate=0.1, prior=1e-4, pivotal=0.2),
+    "cma": Recipe(steps=80, draws=8, rate=0.3, prior=1e-4, pivotal=0.0),
+    "hybrid": Recipe(steps=50, draws=8, rate=0.1, prior=1e-4, pivotal=0.2),
 }
 PREVIEW_STEPS = 8  # of DDIM: enough to know the face by
 
@@ -70,7 +76,7 @@ class InvertFromImage(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "method",
-                    options=list(RECIPES),
+                    options=list(FAR),
                     default="adam",
                     tooltip="adam follows the gradient and is the quickest. hybrid tries several starts before. "
                     "cma needs no gradient, and so no more memory than painting, but many more evaluations.",
@@ -199,7 +205,8 @@ class InvertFromImage(io.ComfyNode):
         mask=None,
         start=None,
     ) -> io.NodeOutput:
-        known = RECIPES[method]
+        guesses = start is None and space.start is not None
+        known = (NEAR if guesses else FAR)[method]
         recipe = Recipe(
             steps or known.steps,
             batch or known.draws,
@@ -210,12 +217,21 @@ class InvertFromImage(io.ComfyNode):
         with host.ordinary_tensors():
             pixels = resolution or host.usual_size(model)
             pictures = differentiable.picture_latents(model, vae, image, mask, pixels)
+            begin = _guess(space, image) if guesses else start and start.identity
             task = _Task(model, positive, space, *pictures, method, recipe, seed)
             watch = _Watcher(task, host.Watch(model, cls.hidden.unique_id), preview_every)
-            solution = task.solve(None if start is None else start.identity, watch)
+            solution = task.solve(begin, watch)
         report = watch.report(solution)
         curve = draw_curve(solution.history, f"{method}, {len(solution.history)} steps")
         return io.NodeOutput(People(solution.identity, space), curve, report)
+
+
+def _guess(space: w2wpp.Space, image: torch.Tensor) -> w2wpp.Identity:
+    """One person from pictures [n, H, W, 3]: the mean of what the start network makes of each."""
+    guessed = space.start_from(image[..., :3].movedim(-1, 1).float().clone() * 2 - 1)
+    return w2wpp.Identity(
+        guessed.z.mean(0, keepdim=True), guessed.space_fingerprint, None, guessed.provenance
+    )
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,8 @@ class Result:
     def pictures(self, node: str | None = None) -> list[np.ndarray]:
         """Saved pictures [H, W, 3] uint8, of one node or of all of them in order."""
         nodes = [node] if node else sorted(self.outputs, key=int)
-        saved = [image for n in nodes for image in self.outputs.get(n, {}).get("images", [])]
+        shown = [image for n in nodes for image in self.outputs.get(n, {}).get("images", [])]
+        saved = [image for image in shown if image["type"] == "output"]
         paths = [self.output_folder / image["subfolder"] / image["filename"] for image in saved]
         return [np.asarray(Image.open(path).convert("RGB")) for path in paths]
 

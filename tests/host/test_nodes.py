@@ -26,6 +26,8 @@ NAMES = {
     "W2WPP_SaveIdentity": "W2W++ Save Identity",
     "W2WPP_SpaceInfo": "W2W++ Space Info",
     "W2WPP_LoadAvatarModel": "W2W++ Load Avatar Model",
+    "W2WPP_InvertFromImage": "W2W++ Invert from Image",
+    "W2WPP_ExamplePortrait": "W2W++ Example Portrait",
 }  # saved workflows hold these ids: they never change
 
 

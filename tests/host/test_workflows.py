@@ -18,6 +18,8 @@ FACES = {
     "four_new_identities": (2, 2, 4),
     "walk_between_two": (1, 7, 2),
     "edit_a_face": (1, 2, 24),
+    "invert_a_portrait": (1, 4, 4),
+    "invert_edit_and_mix": (1, 6, 4),
 }
 
 

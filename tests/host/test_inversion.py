@@ -1,0 +1,236 @@
+"""Invert from Image in the running server: what it finds, and that it leaves nothing behind however it ends."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+
+from w2wpp import load_identity, load_space
+
+from .graphs import AvatarGraph, Graph, Link
+from .server import REPO, Host, PromptFailed
+
+QUICK = {
+    "method": "adam", "steps": 3, "seed": 0, "batch": 2, "learning_rate": 0.05, "prior": -1.0, "pivotal": 0.0,
+    "resolution": 0, "preview_every": 0,
+}  # fmt: skip
+
+
+class InversionGraph(AvatarGraph):
+    """The avatar model, the example portrait and an inversion of it."""
+
+    def __init__(self) -> None:
+        super().__init__(background="blue", smile="smiling")
+        portrait = self.add("W2WPP_ExamplePortrait")
+        self.image, self.mask = [portrait, 0], [portrait, 1]
+        self.space: Link = [self.add("W2WPP_LoadSpace", space="avatars.safetensors"), 0]
+
+    def invert(self, **changed: Any) -> str:
+        inputs = {
+            "model": self.model, "vae": [self.loader, 3], "positive": [self.loader, 1], "space": self.space,
+            "image": self.image, **QUICK, **changed,
+        }  # fmt: skip
+        return self.add("W2WPP_InvertFromImage", **inputs)
+
+    def report(self, inversion: str) -> str:
+        """A node that shows the report."""
+        return self.add("PreviewAny", source=[inversion, 2])
+
+
+def state(host: Host, number: int) -> tuple[dict, np.ndarray]:
+    """What is in the model and the process now, and a picture that the bare model paints now."""
+    graph = AvatarGraph()
+    probed = graph.add("Probe_State", model=graph.model, file=f"state{number}.json")
+    graph.paint([probed, 0], seed=5)
+    (picture,) = host.run(graph.nodes).pictures()
+    return json.loads((host.output / f"state{number}.json").read_text()), picture
+
+
+@pytest.fixture(scope="module")
+def fresh(host: Host) -> tuple[dict, np.ndarray]:
+    host.forget()
+    return state(host, 0)
+
+
+def assert_nothing_is_left(host: Host, fresh: tuple[dict, np.ndarray]) -> None:
+    found, picture = state(host, 1)
+    assert found == fresh[0]
+    assert np.array_equal(picture, fresh[1])
+
+
+@pytest.mark.parametrize("method", ["adam", "hybrid", "cma"])
+def test_every_method_lowers_the_loss_and_leaves_nothing_behind(
+    host: Host, fresh: tuple[dict, np.ndarray], method: str
+) -> None:
+    graph = InversionGraph()
+    inverted = graph.invert(method=method, steps=4, mask=graph.mask)
+    shown = graph.report(inverted)
+    graph.add("SaveImage", images=[inverted, 1], filename_prefix="curve")
+    result = host.run(graph.nodes)
+    (report,) = result.outputs[shown]["text"]
+    first, last = (float(word) for word in report.split("Loss ")[1].split(";")[0].split(" to "))
+    assert last < first
+    kind = "forward passes" if method == "cma" else "gradients without checkpointing"
+    assert f"{kind} on cpu in float32" in report
+    (curve,) = result.pictures()
+    assert curve.shape[:2] == (360, 640) and curve.std() > 5
+    assert_nothing_is_left(host, fresh)
+
+
+def test_the_found_person_is_painted(host: Host) -> None:
+    graph = InversionGraph()
+    inverted = graph.invert()
+    found = graph.paint([graph.apply([inverted, 0]), 0])
+    other = graph.paint([graph.apply(graph.sample(1)), 0])
+    (a,), (b,) = map(host.run(graph.nodes).pictures, (found, other))
+    assert np.abs(a.astype(int) - b).mean() > 3
+
+
+def test_one_seed_finds_the_same_person_again(host: Host) -> None:
+    def found(number: int) -> np.ndarray:
+        graph = InversionGraph()
+        graph.add(
+            "W2WPP_SaveIdentity", identity=[graph.invert(), 0], filename_prefix=f"again{number}"
+        )
+        host.forget()
+        host.run(graph.nodes)
+        return load_identity(saved(host, f"again{number}")).z.numpy()
+
+    assert np.array_equal(found(1), found(2))
+
+
+def saved(host: Host, prefix: str):
+    return max((host.output / "w2wpp").glob(f"{prefix}_*.safetensors"))
+
+
+def test_cancel_at_any_step_keeps_the_best_and_leaves_nothing_behind(
+    host: Host, fresh: tuple[dict, np.ndarray]
+) -> None:
+    graph = InversionGraph()
+    graph.report(graph.invert(steps=10000))
+    before = set((host.output / "w2wpp").glob("unfinished*"))
+    number = host.post("/prompt", {"prompt": graph.nodes})["prompt_id"]
+    time.sleep(6 + 4 * random.random())
+    host.post("/interrupt", {})
+    pressed = time.monotonic()
+    entry = host.wait(number)
+    assert time.monotonic() - pressed < 10
+    kinds = [kind for kind, _ in entry["status"]["messages"]]
+    assert "execution_interrupted" in kinds
+    (path,) = set((host.output / "w2wpp").glob("unfinished*")) - before
+    best = load_identity(path)
+    assert best.space_fingerprint == load_space(REPO / "models" / "avatars.safetensors").fingerprint
+    assert best.z.abs().max() > 0
+    assert_nothing_is_left(host, fresh)
+
+    again = InversionGraph()
+    start = again.add("W2WPP_LoadIdentity", space=again.space, file=f"{path.name} [output]")
+    again.report(again.invert(start=[start, 0], steps=1))
+    host.run(again.nodes)
+
+
+@pytest.mark.parametrize("method", ["adam", "cma"])
+@pytest.mark.parametrize("error", ["decoder", "memory"])
+def test_a_failure_passes_through_and_leaves_nothing_behind(
+    host: Host, fresh: tuple[dict, np.ndarray], method: str, error: str
+) -> None:
+    graph = InversionGraph()
+    failing = graph.add("Probe_FailingSpace", space=graph.space, calls=3, error=error)
+    graph.space = [failing, 0]
+    graph.report(graph.invert(method=method, steps=20))
+    before = set((host.output / "w2wpp").glob("unfinished*"))
+    with pytest.raises(PromptFailed, match=r"probe: (the decoder fails|out of memory)"):
+        host.run(graph.nodes)
+    assert len(set((host.output / "w2wpp").glob("unfinished*")) - before) == 1
+    assert_nothing_is_left(host, fresh)
+
+
+def test_a_mask_of_another_size_counts_and_an_empty_one_is_refused(host: Host) -> None:
+    reports = []
+    for value, width in ((1.0, 500), (0.0, 500)):
+        graph = InversionGraph()
+        mask = graph.add("SolidMask", value=value, width=width, height=300)
+        shown = graph.report(graph.invert(mask=[mask, 0]))
+        if value:
+            reports.append(host.run(graph.nodes).outputs[shown]["text"][0])
+        else:
+            with pytest.raises(PromptFailed, match="The mask is empty"):
+                host.run(graph.nodes)
+    assert "masked" in reports[0]
+
+
+class SD15Graph(Graph):
+    """A tiny picture and an SD 1.5 UNet of full size."""
+
+    def __init__(self, dtype: str = "float32", *, inpaint: bool = False) -> None:
+        super().__init__()
+        self.base = self.add("Probe_SD15", dtype=dtype, inpaint=inpaint)
+        self.space = self.add("W2WPP_LoadSpace", space="mine/inversion-sd15.safetensors")
+        picture = self.add("W2WPP_ExamplePortrait")
+        self.inputs = {
+            "model": [self.base, 0], "vae": [self.base, 2], "positive": [self.base, 1], "space": [self.space, 0],
+            "image": [picture, 0], **QUICK, "resolution": 64, "steps": 2, "batch": 1,
+        }  # fmt: skip
+
+    def loss(self, host: Host, **changed: Any) -> float:
+        inverted = self.add("W2WPP_InvertFromImage", **{**self.inputs, **changed})
+        shown = self.add("PreviewAny", source=[inverted, 2])
+        (report,) = host.run(self.nodes).outputs[shown]["text"]
+        return float(report.split("Loss ")[1].split(" to ")[0])
+
+
+@pytest.fixture(scope="module")
+def sd15_space(host: Host) -> None:
+    from w2wpp import save_space
+
+    from .test_sd15 import random_space
+
+    path = host.base / "models" / "w2wpp" / "mine" / "inversion-sd15.safetensors"
+    path.parent.mkdir(exist_ok=True)
+    save_space(random_space(components=6), path)
+
+
+def test_sd15_in_single_and_half_precision_with_and_without_gradients(
+    host: Host, sd15_space: None
+) -> None:
+    losses = [
+        SD15Graph("float32").loss(host),
+        SD15Graph("float16").loss(host),
+        SD15Graph("float16").loss(host, method="cma", learning_rate=1e-4),
+    ]
+    assert losses[0] > 0
+    assert losses == pytest.approx([losses[0]] * 3, rel=0.02)
+
+
+def test_a_lora_on_the_model_takes_part(host: Host, sd15_space: None) -> None:
+    losses = {}
+    for method in ("adam", "cma"):
+        for strength in (0.0, 1.0):
+            graph = SD15Graph()
+            drawn = graph.add(
+                "W2WPP_SampleIdentity", space=[graph.space, 0], seed=3, truncation=1.0, count=1
+            )
+            applied = graph.add(
+                "W2WPP_ApplyDecodedLora",
+                model=[graph.base, 0],
+                identity=[drawn, 0],
+                strength=strength,
+            )
+            small = {"method": method, "learning_rate": 1e-4}
+            losses[method, strength] = graph.loss(host, model=[applied, 0], **small)
+    assert abs(losses["adam", 1.0] - losses["adam", 0.0]) > 1e-3
+    assert losses["cma", 1.0] == pytest.approx(losses["adam", 1.0], rel=1e-3)
+
+
+def test_inpainting_models_and_other_families_are_refused(host: Host, sd15_space: None) -> None:
+    with pytest.raises(PromptFailed, match=r"inpainting model.*reads 9 channels"):
+        SD15Graph(inpaint=True).loss(host)
+    graph = SD15Graph()
+    space = graph.add("W2WPP_LoadSpace", space="avatars.safetensors")
+    with pytest.raises(PromptFailed, match="needs a model of the family 'avatar'"):
+        graph.loss(host, space=[space, 0])
