@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 
-from w2wpp import Space, load_identity, load_lora, load_space, save_lora, save_space
+from w2wpp import Space, edit, load_identity, load_lora, load_space, save_lora, save_space
 from w2wpp.cli import build_parser, main
+from w2wpp.gauge import span_distance
 from w2wpp.training.dataset import load_dataset
 
 
@@ -42,7 +43,8 @@ def space_file(make_space, tmp_path):
 
 def test_every_verb_of_the_library_is_there():
     verbs = build_parser()._subparsers._group_actions[0].choices
-    names = "info sample interpolate encode export dataset fit-basis train"
+    names = "info sample interpolate encode export dataset fit-basis train directions edit"
+    names += " import-w2w import-identity import-vae"
     assert set(names.split()) <= set(verbs)
 
 
@@ -55,7 +57,9 @@ def test_from_lora_files_to_a_trained_space(run, loras, dataset):
     assert (result["rows"], result["persons"], result["heldout_rows"]) == (20, 10, 4)
     assert torch.equal(load_dataset("data.safetensors").vectors(), dataset.vectors()[:20])
 
-    code, result, _ = run("fit-basis", "data.safetensors", "--components", 8, "-o", "basis.safetensors")
+    code, result, _ = run(
+        "fit-basis", "data.safetensors", "--components", 8, "-o", "basis.safetensors"
+    )
     assert code == 0 and result["weight_r2"]["training"] > 0.8
 
     train = ("train", "basis.safetensors", "--name", "toy", "--licence", "Apache-2.0")
@@ -109,6 +113,18 @@ def test_interpolate_and_export(run, space_file):
     assert json.loads(file.metadata["w2wpp.provenance"])["rows"] == [1]
 
 
+def test_edit_is_the_librarys_own(run, space_file):
+    run("sample", space_file, "--seed", 1, "-o", "a.safetensors")
+    code, result, _ = run("edit", "a.safetensors", "smile=-1.5", "-o", "b.safetensors")
+    assert code == 0 and result["strengths"] == {"smile": -1.5}
+    before, after = load_identity("a.safetensors"), load_identity("b.safetensors")
+    expected = edit(before, load_space(space_file), {"smile": -1.5})
+    assert torch.equal(after.z, expected.z)
+    assert run("edit", "a.safetensors", "smile", "-o", "x")[0] == 1
+    code, _, err = run("edit", "a.safetensors", "hat=1", "-o", "x")
+    assert code == 1 and "it has smile" in err
+
+
 @pytest.mark.parametrize("residual", [False, True])
 def test_encode_reports_what_is_reconstructed(run, loras, make_space, residual):
     space = make_space("pca")
@@ -159,6 +175,35 @@ def test_labels_are_matched_by_name(run, loras):
         f.write("\n".join(table.splitlines()[:-1]))
     code, _, err = run(*arguments)
     assert code == 1 and "has no line for 00.safetensors" in err
+
+
+def test_files_of_any_gauge_become_one_data_set(run, loras, dataset, make_space):
+    """Scrambled files at twice the rank: turned into one gauge, with the same updates."""
+    layout, g = dataset.layout, torch.Generator().manual_seed(0)
+    space = make_space("pca")
+    save_space(space, "space.safetensors")
+    for path in loras.rglob("*.safetensors"):
+        lora = {}
+        for name, (a, b) in load_lora(path).lora.items():
+            change = torch.randn(len(a), len(a), generator=g) + 0.5 * torch.eye(len(a))
+            a, b = torch.linalg.inv(change) @ a, b @ change
+            lora[name] = (torch.cat([a, a]), torch.cat([b, b], dim=1))
+        save_lora(lora, path, alpha=layout.alpha)
+    arguments = ("dataset", loras, "--layout", "space.safetensors", "-o", "data")
+    code, _, err = run(*arguments)
+    assert code == 1 and "Layout 'tiny' expects" in err and err.count("\n") == 1
+    original, far = dataset.vectors()[:20], []
+    for gauge in ("first", "space.safetensors"):
+        code, result, _ = run(*arguments, "--gauge", gauge)
+        found = load_dataset("data").vectors()
+        assert code == 0 and result["rows"] == 20
+        far.append(sum(span_distance(w, space.basis) for w in found))
+        for name, (a, b) in layout.unpack(found).items():
+            down, up = layout.unpack(original)[name]
+            torch.testing.assert_close(b @ a, up @ down, atol=1e-6, rtol=1e-3)
+    assert far[1] < far[0], "nearer to the space in its gauge than in that of the first file"
+    code, _, err = run("dataset", loras, "--layout", "layout.json", "--gauge", "no", "-o", "x")
+    assert code == 1 and "no: no such file" in err
 
 
 def test_users_errors_are_one_line_and_exit_code_1(run, space_file, make_space):

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from .container import Container, open_container
+from .edits import edit
 from .encoding import encode_lora, read_any
 from .errors import ConfigError
 from .identity import Identity, concat, interpolate, load_identity, save_identity
@@ -43,6 +44,13 @@ def register(verbs: Verbs) -> None:
     p.add_argument("--mode", choices=("slerp", "lerp"), default="slerp")
     p.add_argument("-o", "--output", required=True, metavar="ID")
     p.set_defaults(run=interpolate_files)
+
+    p = verbs.add_parser("edit", help="change attributes of identities")
+    p.add_argument("identity", metavar="ID")
+    p.add_argument("changes", nargs="+", metavar="NAME=STRENGTH", help="in standard deviations")
+    p.add_argument("--space", help="the space file; found among the shipped ones by default")
+    p.add_argument("-o", "--output", required=True, metavar="ID")
+    p.set_defaults(run=edit_file)
 
     p = verbs.add_parser("encode", help="bring LoRA files into a space")
     p.add_argument("space", metavar="SPACE")
@@ -95,11 +103,16 @@ def encode(args: argparse.Namespace) -> dict[str, Any]:
     return {**saved(identity, args.output), "weight_r2": r2, "loras": reports}
 
 
+def edit_file(args: argparse.Namespace) -> dict[str, Any]:
+    identity = load_identity(args.identity)
+    strengths = dict(_change(text) for text in args.changes)
+    edited = edit(identity, _space_of(identity, args), strengths)
+    return {**saved(edited, args.output), "strengths": strengths}
+
+
 def export(args: argparse.Namespace) -> dict[str, Any]:
     identity = load_identity(args.identity)
-    nearby = [Path(args.identity).resolve().parent, Path.cwd()]
-    path = args.space or find_space(identity.space_fingerprint, nearby)
-    space = load_space(path)
+    space = _space_of(identity, args)
     vectors = identity.vectors(space)
     files = _numbered(Path(args.output), len(vectors))
     for i, (w, file) in enumerate(zip(vectors, files)):
@@ -121,6 +134,22 @@ def lora_metadata(space: Space, identity: Identity, strength: float = 1.0) -> di
         "w2wpp.strength": repr(float(strength)),
     }
     return {k: v for k, v in facts.items() if v}
+
+
+def _space_of(identity: Identity, args: argparse.Namespace) -> Space:
+    """The space that was named, or the one nearby that the identity was made in."""
+    nearby = [Path(args.identity).resolve().parent, Path.cwd()]
+    return load_space(args.space or find_space(identity.space_fingerprint, nearby))
+
+
+def _change(text: str) -> tuple[str, float]:
+    name, _, strength = text.partition("=")
+    try:
+        return name, float(strength)
+    except ValueError as e:
+        raise ConfigError(
+            f"A change is written NAME=STRENGTH, as in beard=1.5. Got {text!r}."
+        ) from e
 
 
 def saved(identity: Identity, path: str) -> dict[str, Any]:

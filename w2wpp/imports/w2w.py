@@ -25,7 +25,7 @@ from .torchfile import Matrix, load_tensor, load_torch, open_matrix
 
 LICENCE = "Derived from the official weights2weights files (Snap Inc.): for non-commercial, academic use only."
 TRIGGER_PROMPT = "sks person"
-COLUMNS = 256  # of V held at a time, in half precision
+COLUMNS = 500  # of V held at a time, in half precision
 
 
 @dataclass(frozen=True, eq=False)

@@ -21,6 +21,7 @@ from ..space import compact
 from ..spacefile import FORMAT, copied, file_fingerprint
 from ..training.coefficients import Coefficients
 from ..training.directions import Directions, Moments, fit_from_moments, report
+from .torchfile import ADVICE
 from .w2w import W2WFolder, provenance
 
 
@@ -126,8 +127,6 @@ def read_labels(path: str | os.PathLike[str], rows: int) -> tuple[Tensor, tuple[
     """Labels [N, A] and their names, from a table whose first column names the person."""
     path = Path(path)
     if path.suffix == ".pt":
-        from .torchfile import ADVICE
-
         raise FormatError(f"{path} is not read as a table. {ADVICE['identity_df.pt']}")
     try:
         with open(path, newline="", encoding="utf-8-sig") as f:

@@ -19,6 +19,8 @@ from ..codecs import CODECS
 from ..container import open_container
 from ..encoding import aligned, vector_in
 from ..errors import ConfigError, DataError, FormatError
+from ..imports.w2w import LICENCE, TRIGGER_PROMPT, open_w2w
+from ..imports.w2w_space import w2w_basis, w2w_coefficients
 from ..layout import SD15, Layout
 from ..lorafile import load_lora
 from ..spacefile import load_space, save_directions, save_space
@@ -91,7 +93,11 @@ def register(verbs: Any) -> None:
         metavar="BASIS",
         help="from fit-basis, or a folder of official w2w files; for --codec seed a data set",
     )
-    p.add_argument("--components", type=int, help="of a folder of official files (default 1000)")
+    p.add_argument(
+        "--components",
+        type=int,
+        help="of a folder of official files (default: all that have coefficients)",
+    )
     p.add_argument("--codec", choices=sorted(CODECS), default=VaeTraining.codec)
     p.add_argument("--kl", choices=sorted(SCHEDULES), help="KL annealing")
     p.add_argument("--hidden", type=int, nargs="*", help="widths of the networks")
@@ -233,9 +239,6 @@ def _training_input(args: argparse.Namespace) -> tuple[Coefficients, AnyBasis]:
 
 def _w2w_input(args: argparse.Namespace) -> tuple[Coefficients, AnyBasis]:
     """Official files: V.pt and the coefficients of the real identities, whose licence the space inherits."""
-    from ..imports.w2w import LICENCE, TRIGGER_PROMPT, open_w2w
-    from ..imports.w2w_space import w2w_basis, w2w_coefficients
-
     if args.codec == "seed":
         raise ConfigError("The seed's codec learns from raw vectors; official files hold none.")
     args.licence, args.trigger_prompt = (
