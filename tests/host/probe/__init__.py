@@ -1,5 +1,6 @@
 """Nodes for the tests only: models with random weights, and the weights that a model would compute with."""
 
+import copy
 import hashlib
 import json
 import os
@@ -22,6 +23,21 @@ FAMILIES = {
     "SD15": {"context_dim": 768, "num_heads": 8, "use_linear_in_transformer": False},
     "SD20": {"context_dim": 1024, "num_head_channels": 64, "use_linear_in_transformer": True},
 }
+OTHERS = {
+    "SDXL": {
+        "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 320, "num_res_blocks": [2, 2, 2],
+        "channel_mult": [1, 2, 4], "transformer_depth": [0, 0, 2, 2, 10, 10], "transformer_depth_middle": 10,
+        "transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10], "context_dim": 2048, "num_classes": "sequential",
+        "adm_in_channels": 2816, "num_heads": -1, "num_head_channels": 64, "use_spatial_transformer": True,
+        "use_linear_in_transformer": True, "legacy": False, "use_checkpoint": False, "use_temporal_attention": False,
+    },
+    "Flux": {
+        "image_model": "flux", "in_channels": 16, "out_channels": 16, "vec_in_dim": 768, "context_in_dim": 4096,
+        "hidden_size": 3072, "mlp_ratio": 4.0, "num_heads": 24, "depth": 19, "depth_single_blocks": 38,
+        "axes_dim": [16, 56, 56], "theta": 10000, "patch_size": 2, "qkv_bias": True, "guidance_embed": True,
+        "txt_ids_dims": [],
+    },
+}  # fmt: skip
 
 
 class RandomModel(io.ComfyNode):
@@ -31,14 +47,19 @@ class RandomModel(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="Probe_RandomModel",
-            inputs=[io.Combo.Input("family", options=list(FAMILIES))],
+            inputs=[
+                io.Combo.Input("family", options=list(FAMILIES)),
+                io.Combo.Input("dtype", options=["float32", "float16"], optional=True),
+            ],
             outputs=[io.Model.Output()],
         )
 
     @classmethod
-    def execute(cls, family):
+    def execute(cls, family, dtype="float32"):
         config = getattr(comfy.supported_models, family)({**COMMON, **FAMILIES[family]})
-        config.set_inference_dtype(torch.float32, None)
+        config.set_inference_dtype(
+            getattr(torch, dtype), torch.float32 if dtype == "float16" else None
+        )
         model = config.get_model({}, "", device="cpu")
         generator = torch.Generator().manual_seed(0)
         for name, weight in model.diffusion_model.named_parameters():
@@ -50,6 +71,48 @@ class RandomModel(io.ComfyNode):
         return io.NodeOutput(
             comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu)
         )
+
+
+class OtherModel(io.ComfyNode):
+    """A model of another family at full size, its weights without memory."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="Probe_OtherModel",
+            inputs=[io.Combo.Input("family", options=list(OTHERS))],
+            outputs=[io.Model.Output()],
+        )
+
+    @classmethod
+    def execute(cls, family):
+        config = getattr(comfy.supported_models, family)(dict(OTHERS[family]))
+        config.set_inference_dtype(torch.float16, None)
+        cpu = torch.device("cpu")
+        model = config.get_model({}, "", device=torch.device("meta"))
+        return io.NodeOutput(
+            comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu)
+        )
+
+
+class Adapters(io.ComfyNode):
+    """What IPAdapter packs leave in a model: a patch of the cross attention, and one of an object."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="Probe_Adapters",
+            inputs=[io.Model.Input("model"), io.Float.Input("weight")],
+            outputs=[io.Model.Output()],
+        )
+
+    @classmethod
+    def execute(cls, model, weight):
+        patched = model.clone()
+        patched.set_model_attn2_output_patch(lambda n, options: n * (1 + weight))
+        sampling = model.get_model_object("model_sampling")
+        patched.add_object_patch("model_sampling", copy.deepcopy(sampling))
+        return io.NodeOutput(patched)
 
 
 class Weights(io.ComfyNode):
@@ -213,7 +276,7 @@ class RandomVAE:
 
 class ProbeExtension(ComfyExtension):
     async def get_node_list(self):
-        return [RandomModel, Weights, State, FailingSpace, SmallSD15]
+        return [RandomModel, OtherModel, Adapters, Weights, State, FailingSpace, SmallSD15]
 
 
 async def comfy_entrypoint():
