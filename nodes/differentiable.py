@@ -168,18 +168,12 @@ class Denoiser:
 
         def add(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
             down, up = self._lora[name]
-            x = inputs[0]
-            if len(down) == 1:
-                low = x.reshape(-1, x.shape[-1]) @ down[0].T
-                flat, factors = output.reshape(-1, output.shape[-1]), (low, up[0].T)
-            else:
-                low = x.reshape(len(down), -1, x.shape[-1]) @ down.transpose(1, 2)
-                flat = output.reshape(len(up), -1, output.shape[-1])
-                factors = low, up.transpose(1, 2)
-            product = torch.addmm if len(down) == 1 else torch.baddbmm
+            x = inputs[0].reshape(len(down), -1, inputs[0].shape[-1])
+            flat = output.reshape(len(up), -1, output.shape[-1])
+            low, up = torch.bmm(x, down.mT), up.mT
             if torch.is_grad_enabled():
-                return product(flat, *factors, alpha=scale).reshape(output.shape)
-            return product(flat, *factors, alpha=scale, out=flat).reshape(output.shape)
+                return torch.baddbmm(flat, low, up, alpha=scale).reshape(output.shape)
+            return flat.baddbmm_(low, up, alpha=scale).reshape(output.shape)
 
         return add
 

@@ -26,6 +26,12 @@ class Recipe:
     prior: float
     pivotal: float  # steps of the pivotal stage, as a share of the steps
 
+    def __str__(self) -> str:
+        return (
+            f"at most {self.steps} steps of {self.draws} noised pictures, rate {self.rate:g}, prior {self.prior:g}, "
+            f"pivotal {self.pivotal:g}"
+        )
+
 
 # From the guess of a space's start network, and from its average person.
 NEAR = {
@@ -288,6 +294,12 @@ class _Task:
         return inversion.Hybrid(adam=adam) if self.method == "hybrid" else adam
 
 
+def _on_cpu(identity: w2wpp.Identity) -> w2wpp.Identity:
+    residual = None if identity.residual is None else identity.residual.cpu()
+    how = dict(identity.provenance)
+    return w2wpp.Identity(identity.z.cpu(), identity.space_fingerprint, residual, how)
+
+
 class _Watcher:
     """Shows how it goes after every step, and saves the best so far if it ends early."""
 
@@ -327,7 +339,7 @@ class _Watcher:
         except BaseException:  # Cancel, memory, anything: the steps so far were paid for
             if self._best is not None:
                 path, label = host.new_identity_file("unfinished")
-                w2wpp.save_identity(self._best, path)
+                w2wpp.save_identity(_on_cpu(self._best), path)
                 self._watch.tell(
                     f"The best so far is {label}: W2W++ Load Identity opens it, for 'start'."
                 )
@@ -340,7 +352,7 @@ class _Watcher:
         lines = [
             f"{count} {'picture' if count == 1 else 'pictures'}, latents {width} x {height}"
             + (", masked" if task.mask is not None else ""),
-            f"{task.method}: {task.recipe}",
+            f"{task.method}, {task.recipe}",
             f"Loss {history[0]:.5g} to {min(history):.5g}; {solution.stop_reason}",
             f"{solution.evaluations} evaluations of the UNet in {seconds:.1f} s, {self._denoise.plan}",
             f"Distance from the average person {float(solution.identity.z.square().mean()) ** 0.5:.2f} "
