@@ -46,6 +46,23 @@ def plot_errors(errors: Mapping[str, Tensor], path: Path) -> None:
     _save(plt, figure, path)
 
 
+def plot_curves(curves: Mapping[str, list[tuple[float, float]]], path: Path) -> None:
+    """ID score over UNet evaluations, one curve per method; zero evaluations sit at the left edge."""
+    plt = _pyplot()
+    figure, axis = plt.subplots(figsize=(7, 4.2))
+    for name, points in curves.items():
+        if name == "reference":
+            axis.axhline(points[0][1], color="black", linestyle=":", label="own LoRA")
+            continue
+        axis.plot(*zip(*points), marker="o", markersize=4, linewidth=1.2, label=name)
+    axis.set_xscale("symlog", linthresh=10)
+    axis.set_xlim(left=0)
+    axis.set_xlabel("pictures through the UNet, per person")
+    axis.set_ylabel("ID score")
+    axis.legend(fontsize=7)
+    _save(plt, figure, path)
+
+
 def _pyplot() -> Any:
     try:
         import matplotlib

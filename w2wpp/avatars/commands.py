@@ -19,6 +19,7 @@ def register(verbs: Any) -> None:
     """Add the verbs to the parser of ``w2wpp``."""
     _register_demo(verbs)
     _register_evaluate(verbs)
+    _register_invert(verbs)
     avatars = verbs.add_parser("avatars", help="build the miniature world, stage by stage")
     stages = avatars.add_subparsers(dest="stage", required=True, metavar="STAGE")
 
@@ -80,7 +81,12 @@ def _register_demo(verbs: Any) -> None:
 
 def _register_evaluate(verbs: Any) -> None:
     parser = verbs.add_parser("evaluate", help="score spaces of the miniature world")
-    parser.add_argument("space", nargs="+", type=Path, metavar="SPACE")
+    parser.add_argument("space", nargs="*", type=Path, metavar="SPACE")
+    parser.add_argument(
+        "--inversion",
+        action="store_true",
+        help="instead: every way from one picture to a LoRA; SPACE are further ones beside what ships",
+    )
     parser.add_argument("--data", type=Path, default=MODELS / "avatars-heldout.safetensors")
     parser.add_argument(
         "--people", type=int, default=100, help="held-out people to score, 0 for all"
@@ -95,6 +101,17 @@ def _register_evaluate(verbs: Any) -> None:
         help="JSON; a table and plots are written beside it",
     )
     parser.set_defaults(run=_later("evaluate"))
+
+
+def _register_invert(verbs: Any) -> None:
+    parser = verbs.add_parser("invert", help="a picture of an avatar to an identity")
+    parser.add_argument("space", type=Path, metavar="SPACE")
+    parser.add_argument("image", type=Path, metavar="IMAGE", help="32 x 32")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="ID")
+    parser.add_argument("--method", choices=("adam", "cma", "hybrid"), default="adam")
+    parser.add_argument("--mask", type=Path, help="32 x 32, white where the picture counts")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.set_defaults(run=_later("invert"))
 
 
 def _stage(stages: Any, name: str, text: str) -> Any:

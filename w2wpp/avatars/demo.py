@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..identity import interpolate, save_identity
+from ..identity import interpolate, load_identity, save_identity
 from ..lorafile import save_lora
 from ..metrics import consistency, likeness_between
 from ..spacefile import load_space
 from .base import word_indices
+from .portrait import invert_file, read_picture
 from .renderer import IMAGE_SIZE
 from .sheets import Strip, save_sheet, to_pil
 from .studio import Studio, open_studio
@@ -53,8 +54,19 @@ def make_demo(
             metadata=metadata,
         )
 
+    found = invert_file(
+        models / "avatars.safetensors",
+        models.parent / "example_workflows" / "avatar_portrait.png",
+        folder / "inverted.safetensors",
+        base_path=models / "avatar-base.safetensors",
+        method="adam",
+    )
+    portrait = read_picture(models.parent / "example_workflows" / "avatar_portrait.png")
+    inverted = load_identity(folder / "inverted.safetensors")
+
     scenes = torch.stack([word_indices(*scene) for scene in SCENES])
     portraits = _paint(studio, space.layout, vectors, scenes, seed)
+    again = _paint(studio, space.layout, inverted.vectors(space), scenes, seed)
     steps = _paint(studio, space.layout, walk.vectors(space), scenes[:2], seed)
     for i, picture in enumerate(portraits[:: len(SCENES)]):
         to_pil(picture).resize((256, 256)).save(folder / f"person-{i}.png")
@@ -63,6 +75,11 @@ def make_demo(
             f"{PEOPLE} people who do not exist, each in {len(SCENES)} scenes",
             _across(portraits, PEOPLE),
             PEOPLE,
+        ),
+        Strip(
+            "One picture (left), and the person found in it, in other scenes",
+            torch.cat([portrait, again]),
+            1 + len(SCENES),
         ),
         Strip(
             f"A walk from the first to the second, in {STEPS} steps", _across(steps, STEPS), STEPS
@@ -77,6 +94,7 @@ def make_demo(
         "people": PEOPLE,
         "consistency": consistency(shots.embeddings).mean().item(),
         "likeness_to_others": likeness_between(shots.embeddings).mean().item(),
+        "inversion": found,
         "token_obedience": shots.obedience().mean().item(),
     }
 

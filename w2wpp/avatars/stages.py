@@ -14,18 +14,21 @@ from typing import Any
 
 import torch
 
+from ..errors import ConfigError
+from ..plots import plot_curves
 from ..spacefile import load_space, save_directions
 from ..training.dataset import VectorDataset, load_dataset
 from ..training.directions import report, space_directions
-from . import directions, evaluation, spaces, start
+from . import directions, evaluation, inversion_benchmark, spaces, start
 from .base import save_base
 from .catalogue import catalogue
-from .commands import MODELS
+from .commands import MODELS, RESULTS
 from .demo import make_demo
 from .dreambooth import DreamBooth
 from .embedder import save_embedder
 from .gate import gate_table, judge_world
 from .loras import LoraSet, build_loras
+from .portrait import invert_file, say
 from .studio import Studio, open_studio
 from .train_base import BaseTraining, launch_base
 from .train_embedder import EmbedderTraining, measure_embedder, train_embedder
@@ -35,6 +38,19 @@ READABLE = 0.1  # R2 on held-out people below which latents do not tell an attri
 
 def run_demo(args: Namespace) -> dict[str, Any]:
     return make_demo(args.output, models=MODELS, seed=args.seed, truncation=args.truncation)
+
+
+def run_invert(args: Namespace) -> dict[str, Any]:
+    return invert_file(
+        args.space,
+        args.image,
+        args.output,
+        base_path=MODELS / "avatar-base.safetensors",
+        method=args.method,
+        mask_path=args.mask,
+        seed=args.seed,
+        callback=say(_log),
+    )
 
 
 def run_base(args: Namespace) -> dict[str, Any]:
@@ -91,6 +107,10 @@ def run_spaces(args: Namespace) -> dict[str, Any]:
 
 
 def run_evaluate(args: Namespace) -> dict[str, Any]:
+    if args.inversion:
+        return _evaluate_inversion(args)
+    if not args.space:
+        raise ConfigError("Name the spaces to evaluate, or ask for --inversion.")
     protocol = evaluation.Protocol(
         base=MODELS / "avatar-base.safetensors",
         embedder=MODELS / "avatar-embedder.safetensors",
@@ -112,6 +132,28 @@ def run_evaluate(args: Namespace) -> dict[str, Any]:
         args.output.with_suffix(".md").write_text(evaluation.table(rows) + "\n", encoding="utf-8")
         evaluation.draw(args.space, protocol, args.output.with_suffix(""))
     return result
+
+
+def _evaluate_inversion(args: Namespace) -> dict[str, Any]:
+    shipped = [MODELS / f"{name}.safetensors" for name in ("avatars", "avatars-pca")]
+    material = inversion_benchmark.Material(
+        MODELS / "avatar-base.safetensors",
+        MODELS / "avatar-embedder.safetensors",
+        args.data,
+        {path.stem: path for path in [*shipped, *args.space]},
+        min(args.people or 160, 160),
+    )
+    output = args.output or RESULTS / "inversion.json"
+
+    def save(result: dict[str, Any]) -> None:
+        _write_json(output, {**result, "hardware": _hardware()})
+        text = inversion_benchmark.table(result) + "\n"
+        output.with_suffix(".md").write_text(text, encoding="utf-8")
+        plot_curves(dict(inversion_benchmark.curves(result)), output.with_suffix(".png"))
+
+    return inversion_benchmark.run_benchmark(
+        material, workers=args.workers, callback=_log, save=save
+    )
 
 
 def run_directions(args: Namespace) -> dict[str, Any]:

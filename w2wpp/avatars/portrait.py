@@ -1,0 +1,75 @@
+"""`w2wpp invert`: a picture file of an avatar to an identity file."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from ..errors import ConfigError, FormatError
+from ..identity import save_identity
+from ..inversion import Progress
+from ..spacefile import load_space
+from .base import load_base
+from .inversion import RECIPES, invert_pictures
+from .renderer import IMAGE_SIZE
+
+
+def invert_file(
+    space_path: Path,
+    picture_path: Path,
+    output: Path,
+    *,
+    base_path: Path,
+    method: str,
+    mask_path: Path | None = None,
+    seed: int = 0,
+    callback: Any = None,
+) -> dict[str, Any]:
+    space, picture = load_space(space_path), read_picture(picture_path)
+    recipe = RECIPES[method]
+    if mask_path is not None:
+        mask = read_picture(mask_path).mean(1, keepdim=True) / 2 + 0.5  # white counts
+        recipe = replace(recipe, objective={**recipe.objective, "mask": mask})
+    if space.start is None:
+        recipe = replace(recipe, steps=4 * recipe.steps)  # from the mean it is a longer way
+    solution = invert_pictures(
+        load_base(base_path), space, picture, recipe, seed=seed, callback=callback
+    )
+    how = {**solution.identity.provenance, "picture": picture_path.name, "method": method}
+    save_identity(replace(solution.identity, provenance=how), output)
+    return {
+        "identity": str(output),
+        "evaluations": solution.evaluations,
+        "loss": solution.loss,
+        "stop_reason": solution.stop_reason,
+    }
+
+
+def read_picture(path: Path) -> Tensor:
+    """A picture file as [1, 3, 32, 32] in [-1, 1]."""
+    try:
+        with Image.open(path) as file:
+            picture = np.asarray(file.convert("RGB"))
+    except UnidentifiedImageError as e:
+        raise FormatError(f"{path} is not a picture that Pillow can read.") from e
+    if picture.shape[:2] != (IMAGE_SIZE, IMAGE_SIZE):
+        raise ConfigError(
+            f"The avatars' pictures are {IMAGE_SIZE} x {IMAGE_SIZE}. Got {picture.shape[1]} x "
+            f"{picture.shape[0]} in {path}; scale it down first."
+        )
+    return torch.from_numpy(picture.copy()).float().div(127.5).sub(1).permute(2, 0, 1)[None]
+
+
+def say(log: Any) -> Any:
+    """A callback that logs each step."""
+
+    def callback(progress: Progress) -> None:
+        log(f"{progress.stage} step {progress.step}/{progress.steps} loss {progress.loss:.5f}")
+
+    return callback
