@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
+import struct
 import time
+from io import BytesIO
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from w2wpp import load_identity, load_space
 
@@ -148,6 +152,43 @@ def test_a_failure_passes_through_and_leaves_nothing_behind(
         host.run(graph.nodes)
     assert len(set((host.output / "w2wpp").glob("unfinished*")) - before) == 1
     assert_nothing_is_left(host, fresh)
+
+
+def test_the_face_is_previewed_at_intervals_and_the_loss_is_told(host: Host) -> None:
+    aiohttp = pytest.importorskip("aiohttp", reason="previews travel by websocket")
+    graph = InversionGraph()
+    graph.report(graph.invert(steps=6, preview_every=2, seed=77))
+
+    async def messages() -> list[bytes]:
+        address = f"ws://127.0.0.1:{host.port}/ws?clientId=watcher"
+        async with aiohttp.ClientSession() as session, session.ws_connect(address) as socket:
+            body = {
+                "prompt": graph.nodes,
+                "client_id": "watcher",
+                "extra_data": {"preview_method": "latent2rgb"},
+            }
+            async with session.post(f"{host.url}/prompt", json=body) as answer:
+                number = (await answer.json())["prompt_id"]
+            received = []
+            async for message in socket:
+                if message.type == aiohttp.WSMsgType.BINARY:
+                    received.append(message.data)
+                elif message.type == aiohttp.WSMsgType.TEXT:
+                    told = json.loads(message.data)
+                    if told["type"] in ("execution_success", "execution_error"):
+                        assert told["data"]["prompt_id"] == number
+                        return received
+            return received
+
+    received = asyncio.run(messages())
+    texts = [data[8:] for data in received if data[:4] == struct.pack(">I", 3)]
+    assert any(b"step 6 of 6, loss " in text for text in texts)
+    pictures = [
+        Image.open(BytesIO(data[8:])) for data in received if data[:4] == struct.pack(">I", 1)
+    ]
+    assert len(pictures) == 3
+    assert all(picture.width == picture.height for picture in pictures)
+    assert all(np.asarray(picture).std() > 5 for picture in pictures)
 
 
 def test_a_mask_of_another_size_counts_and_an_empty_one_is_refused(host: Host) -> None:
