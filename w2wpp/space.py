@@ -137,6 +137,7 @@ class Space:
             z = self.start(pictures.to(self.prior_mean)).float()
         return Identity(z, self.fingerprint, None, {"made_by": "start network", "space": self.name})
 
+    @torch.inference_mode(False)  # as in spacefile
     def to(self, device: torch.device | str) -> Space:
         """The same space with its tensors on a device."""
         self.codec.materialise()

@@ -207,5 +207,6 @@ def _pieces(file: Container, name: str) -> Iterator[Tensor]:
         yield file.read_rows(name, start, start + rows, finite=False)
 
 
+@torch.inference_mode(False)  # or what is read there could not take part in gradients
 def _single(file: Container, name: str) -> Tensor:
     return file.read(name).float()

@@ -79,8 +79,11 @@ class Objective:
         self.draws, self.seed, self.fresh = draws, seed, fresh
         self.stratified, self.antithetic, self.timesteps = stratified, antithetic, timesteps
         self.prior, self.micro_batch = prior, micro_batch
-        self.mask = None if mask is None else self._mask(mask)
-        self.weights = schedule.weights(weighting).float().to(self.pictures.device)  # [T]
+        # Hosts run in inference mode, and what is made there can't take part in gradients.
+        with torch.inference_mode(False):
+            self.mask = None if mask is None else self._mask(mask.clone())
+            weights = schedule.weights(weighting).float().to(self.pictures.device)  # [T]
+            self.weights = weights.clone()
         self.rows_evaluated = 0  # pictures that went through the UNet
 
     @property

@@ -52,7 +52,7 @@ def train_reader(
         )
     optimiser = torch.optim.AdamW(network.parameters(), lr=config.learning_rate, weight_decay=0.02)
     for step in range(config.steps):
-        warm = min(1.0, (step + 1) / 100)
+        warm = min(1.0, (step + 1) / min(100, 1 + config.steps // 10))
         rate = warm * 0.5 * (1 + math.cos(math.pi * step / config.steps))
         optimiser.param_groups[0]["lr"] = config.learning_rate * rate
         seen, wanted = pictures(config.batch, generator)
