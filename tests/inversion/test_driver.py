@@ -109,6 +109,8 @@ def test_fresh_draws_are_compared_by_draws_kept_aside_and_counted():
     objective, _ = problem(fresh=True)
     solution = invert(objective, Adam(), steps=5, compare=3)
     assert solution.evaluations == 5 * (4 + 3)
+    # Where the last point is kept anyway, nothing is spent on comparing.
+    assert invert(objective, Adam(), steps=5, keep="last").evaluations == 5 * 4
 
 
 def test_patience_ends_a_stage():

@@ -38,7 +38,7 @@ from .renderer import sample_nuisance
 from .studio import Studio, open_studio
 
 TUNING = 40  # held-out people that recipes may be chosen on; none of them is scored
-GROUP = 25  # people that are inverted side by side
+GROUP = 50  # people that are inverted side by side
 PAPER = {"draws": 1, "fresh": True, "stratified": False, "weighting": "eps"}
 LAST = {"keep": "last", "compare": 0}
 
@@ -126,7 +126,19 @@ def run_benchmark(
     save: Callable[[dict[str, Any]], None] = lambda result: None,
 ) -> dict[str, Any]:
     """Score all rows; `save` gets the result so far after each."""
-    wanted = {n: r for n, r in rows().items() if not r.space or r.space in material.spaces}
+    order = (
+        "own_lora",
+        "pca_adam",
+        "w2wpp",
+        "start",
+        "weights_free",
+        "cma",
+        "single_dreambooth",
+        "seed_cma",
+    )
+    known = rows()
+    known = {name: known[name] for name in dict.fromkeys((*order, *known))}
+    wanted = {n: r for n, r in known.items() if not r.space or r.space in material.spaces}
     groups = list(material.scored().split(GROUP))
     parts: dict[str, dict[int, Scores]] = {name: {} for name in wanted}
     started, result = time.monotonic(), {}
