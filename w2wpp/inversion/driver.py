@@ -104,6 +104,11 @@ def invert(
 
 
 class _Inversion:
+    best_point: Tensor | None  # [B, D]
+    best_loss: Tensor  # [B]
+    stale: int  # steps without an improvement
+    dirty: bool  # whether the run has moved since it was last compared
+
     def __init__(
         self,
         objective: Objective,
@@ -239,7 +244,7 @@ class _Inversion:
 
     def _forget(self) -> None:
         """Nothing is best yet."""
-        self.best_point: Tensor | None = None
+        self.best_point = None
         self.best_loss = torch.full((self.objective.people,), float("inf"), device=self.z.device)
         self.stale, self.dirty = 0, False
 
