@@ -350,6 +350,7 @@ def main() -> None:
         models[family] = measure(
             family, rows, size, population, args.rounds * (4 if family == "avatar" else 1)
         )
+        print(json.dumps({family: models[family]}), file=sys.stderr, flush=True)
         models[family]["peak"] = peak_elsewhere(family, large, False)
         models[family]["peak_checkpointing"] = peak_elsewhere(family, large, True)
         models[family]["peak_latent"] = large
