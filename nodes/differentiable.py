@@ -27,9 +27,10 @@ from ..w2wpp.errors import ConfigError, LayoutMismatch
 from . import host
 
 PREFIX = "diffusion_model."
-# Numbers that autograd keeps for each picture, latent pixel and channel of the first block, measured on SD 1.5 and on
-# the avatar model (benchmarks/inversion_speed.py): all of them, and those that checkpointing leaves.
-KEPT, KEPT_CHECKPOINTED = 500, 60
+# Numbers that autograd keeps for each picture, latent pixel and channel of the first block: of all activations (SD 1.5
+# takes about 2 GB at 64x64 in single precision, which is 380; the avatar model 370), and an estimate of what
+# checkpointing leaves. Both with room to spare.
+KEPT, KEPT_CHECKPOINTED = 500, 120
 
 
 @dataclass(frozen=True)
