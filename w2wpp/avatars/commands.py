@@ -87,6 +87,12 @@ def _register_evaluate(verbs: Any) -> None:
         action="store_true",
         help="instead: every way from one picture to a LoRA; SPACE are further ones beside what ships",
     )
+    parser.add_argument(
+        "--rows",
+        nargs="+",
+        default=[],
+        help="only these rows of --inversion; others stay as the output file has them",
+    )
     parser.add_argument("--data", type=Path, default=MODELS / "avatars-heldout.safetensors")
     parser.add_argument(
         "--people", type=int, default=100, help="held-out people to score, 0 for all"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import DataError
+from ..errors import ConfigError, DataError
 from ..inversion import Adam, Cma, Objective, Pivotal
 from ..metrics import estimate, id_scores, pose_diversity
 from ..spacefile import load_space
@@ -121,11 +121,15 @@ Scores = dict[str, Any]
 def run_benchmark(
     material: Material,
     *,
+    only: Collection[str] = (),
     workers: int = 2,
     callback: Callable[[str], None] = lambda line: None,
     save: Callable[[dict[str, Any]], None] = lambda result: None,
 ) -> dict[str, Any]:
-    """Score all rows; `save` gets the result so far after each."""
+    """Score all rows, or only some beside the two that all are compared with.
+
+    `save` gets the result so far after each.
+    """
     order = (
         "own_lora",
         "pca_adam",
@@ -139,6 +143,10 @@ def run_benchmark(
     known = rows()
     known = {name: known[name] for name in dict.fromkeys((*order, *known))}
     wanted = {n: r for n, r in known.items() if not r.space or r.space in material.spaces}
+    if unknown := set(only) - set(wanted):
+        raise ConfigError(f"No row {sorted(unknown)[0]!r} here; there are {', '.join(wanted)}.")
+    if only:
+        wanted = {n: r for n, r in wanted.items() if n in {"own_lora", "w2wpp", *only}}
     groups = list(material.scored().split(GROUP))
     parts: dict[str, dict[int, Scores]] = {name: {} for name in wanted}
     started, result = time.monotonic(), {}
@@ -244,6 +252,12 @@ def summary(named: dict[str, Row], parts: dict[str, dict[int, Scores]]) -> dict[
         top["evaluations"] = table["w2wpp"]["evaluations"]
     people = len(next(iter(joined.values()))["id_score"]) if joined else 0
     return {**top, "people": people, "tuning_people": TUNING, "rows": table}
+
+
+def merged(before: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
+    """A result with the rows of an earlier one that it did not score again."""
+    both = {**before.get("rows", {}), **result["rows"]}
+    return {**before, **result, "rows": {name: both[name] for name in rows() if name in both}}
 
 
 def table(result: dict[str, Any]) -> str:

@@ -144,15 +144,17 @@ def _evaluate_inversion(args: Namespace) -> dict[str, Any]:
         min(args.people or 160, 160),
     )
     output = args.output or RESULTS / "inversion.json"
+    before = json.loads(output.read_text("utf-8")) if args.rows and output.exists() else {}
 
     def save(result: dict[str, Any]) -> None:
+        result = inversion_benchmark.merged(before, result)
         _write_json(output, {**result, "hardware": _hardware()})
         text = inversion_benchmark.table(result) + "\n"
         output.with_suffix(".md").write_text(text, encoding="utf-8")
         plot_curves(dict(inversion_benchmark.curves(result)), output.with_suffix(".png"))
 
     return inversion_benchmark.run_benchmark(
-        material, workers=args.workers, callback=_log, save=save
+        material, only=args.rows, workers=args.workers, callback=_log, save=save
     )
 
 
