@@ -13,6 +13,7 @@ CONFIGS = {
     "vae-skip": {"latent_size": 5, "hidden": [16, 8]},
     "vae-mlp": {"latent_size": 5, "hidden": [16, 8]},
     "seed": {"latent_size": 5, "hidden": [16, 8]},
+    "seed-residual": {"latent_size": 5, "hidden": [16, 16]},
 }
 
 
@@ -71,8 +72,14 @@ def test_layers_come_from_operations(config):
             cls.made += 1
             return nn.Linear(*args, **kwargs)
 
+        @classmethod
+        def LayerNorm(cls, *args, **kwargs):
+            cls.made += 1
+            return nn.LayerNorm(*args, **kwargs)
+
     built = build_codec(config, operations=Operations)
-    assert sum(isinstance(m, nn.Linear) for m in built.modules()) == Operations.made
+    layers = [m for m in built.modules() if isinstance(m, (nn.Linear, nn.LayerNorm))]
+    assert len(layers) == Operations.made
 
 
 def test_wrong_sizes_are_refused(codec):
