@@ -96,7 +96,7 @@ def link_out(host: Host, tmp_path: Path) -> Iterator[str]:
     [
         "../out",
         "a/../../out",
-        "/tmp/out",
+        "/out",
         "C:\\out",
         "c:out",
         "..\\out",
