@@ -1,6 +1,6 @@
 """One gradient step of an inversion against bare passes through the same UNet, its memory, and a population's forward.
 
-    PYTHONPATH=. ~/comfy/venv/bin/python benchmarks/inversion_speed.py -o benchmarks/results/inversion_speed.json
+    PYTHONPATH=. python benchmarks/inversion_speed.py -o benchmarks/results/inversion_speed.json
 
 Runs with the interpreter of a ComfyUI install (COMFYUI_PATH names its folder), in this process, on the CPU. SD 1.5 has
 its full size and random weights, the space for it 1,000 components; the avatar model and its space are the shipped

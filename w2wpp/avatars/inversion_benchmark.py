@@ -130,19 +130,7 @@ def run_benchmark(
 
     `save` gets the result so far after each.
     """
-    order = (
-        "own_lora",
-        "pca_adam",
-        "w2wpp",
-        "start",
-        "weights_free",
-        "cma",
-        "single_dreambooth",
-        "seed_cma",
-    )
-    known = rows()
-    known = {name: known[name] for name in dict.fromkeys((*order, *known))}
-    wanted = {n: r for n, r in known.items() if not r.space or r.space in material.spaces}
+    wanted = {n: r for n, r in rows().items() if not r.space or r.space in material.spaces}
     if unknown := set(only) - set(wanted):
         raise ConfigError(f"No row {sorted(unknown)[0]!r} here; there are {', '.join(wanted)}.")
     if only:
