@@ -15,35 +15,6 @@ from . import differentiable, host
 from .curve import draw_curve
 from .types import IdentitySocket, People, SpaceSocket, advanced, schema
 
-
-@dataclass(frozen=True)
-class Recipe:
-    """What a method does by itself; every number can be set on the node."""
-
-    steps: int
-    draws: int  # noised copies of the pictures in a step
-    rate: float
-    prior: float
-    pivotal: float  # steps of the pivotal stage, as a share of the steps
-
-    def __str__(self) -> str:
-        return (
-            f"at most {self.steps} steps of {self.draws} noised pictures, rate {self.rate:g}, prior {self.prior:g}, "
-            f"pivotal {self.pivotal:g}"
-        )
-
-
-# From the guess of a space's start network, and from its average person.
-NEAR = {
-    "adam": Recipe(steps=8, draws=8, rate=0.05, prior=0.0, pivotal=0.0),
-    "cma": Recipe(steps=10, draws=8, rate=0.1, prior=0.0, pivotal=0.0),
-    "hybrid": Recipe(steps=8, draws=8, rate=0.05, prior=0.0, pivotal=0.0),
-}
-FAR = {
-    "adam": Recipe(steps=50, draws=8, rate=0.1, prior=1e-4, pivotal=0.2),
-    "cma": Recipe(steps=80, draws=8, rate=0.3, prior=1e-4, pivotal=0.0),
-    "hybrid": Recipe(steps=50, draws=8, rate=0.1, prior=1e-4, pivotal=0.2),
-}
 PREVIEW_STEPS = 8  # of DDIM: enough to know the face by
 
 
@@ -82,7 +53,7 @@ class InvertFromImage(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "method",
-                    options=list(FAR),
+                    options=list(inversion.FAR),
                     default="adam",
                     tooltip="adam follows the gradient and is the quickest. hybrid tries several starts before. "
                     "cma needs no gradient, and so no more memory than painting, but many more evaluations.",
@@ -212,13 +183,12 @@ class InvertFromImage(io.ComfyNode):
         start=None,
     ) -> io.NodeOutput:
         guesses = start is None and space.start is not None
-        known = (NEAR if guesses else FAR)[method]
-        recipe = Recipe(
-            steps or known.steps,
-            batch or known.draws,
-            learning_rate or known.rate,
-            known.prior if prior < 0 else prior,
-            known.pivotal if pivotal < 0 else pivotal,
+        recipe = (inversion.NEAR if guesses else inversion.FAR)[method].adjusted(
+            steps=steps or None,
+            draws=batch or None,
+            rate=learning_rate or None,
+            prior=None if prior < 0 else prior,
+            pivotal=None if pivotal < 0 else pivotal,
         )
         with host.ordinary_tensors():
             pixels = resolution or host.usual_size(model)
@@ -250,16 +220,14 @@ class _Task:
     pictures: torch.Tensor  # [n, C, h, w]
     mask: torch.Tensor | None  # [n, 1, h, w]
     method: str
-    recipe: Recipe
+    recipe: inversion.Recipe
     seed: int
 
     def solve(self, start: w2wpp.Identity | None, watch: "_Watcher") -> inversion.Solution:
         recipe = self.recipe
-        pivotal_steps = round(recipe.pivotal * recipe.steps)
-        gradients = self.method != "cma" or pivotal_steps > 0
-        plan = differentiable.plan(
-            self.model, (recipe.draws, *self.pictures.shape[1:]), gradients=gradients
-        )
+        gradients = self.method != "cma" or recipe.pivotal is not None
+        shape = (recipe.objective["draws"], *self.pictures.shape[1:])
+        plan = differentiable.plan(self.model, shape, gradients=gradients)
         space = self.space if plan.device.type == "cpu" else self.space.to(plan.device)
         with differentiable.denoiser(self.model, space.layout, self.prompt, plan) as denoise:
             schedule = inversion.NoiseSchedule(*differentiable.schedule(self.model))
@@ -269,29 +237,21 @@ class _Task:
                 self.pictures.to(plan.device),
                 denoise,
                 schedule,
-                draws=recipe.draws,
                 seed=self.seed,
                 mask=self.mask,
-                prior=recipe.prior,
                 micro_batch=plan.rows,
+                **recipe.objective,
             )
             with watch.keeping_the_best():
                 return inversion.invert(
                     objective,
-                    self._optimiser(),
+                    recipe.optimiser,
                     steps=recipe.steps,
                     start=start,
-                    pivotal=inversion.Pivotal(steps=pivotal_steps) if pivotal_steps else None,
+                    pivotal=recipe.pivotal,
                     seed=self.seed,
                     callback=watch,
                 )
-
-    def _optimiser(self) -> inversion.Optimiser:
-        rate = self.recipe.rate
-        if self.method == "cma":
-            return inversion.Cma(sigma=rate)
-        adam = inversion.Adam(lr=rate)
-        return inversion.Hybrid(adam=adam) if self.method == "hybrid" else adam
 
 
 def _on_cpu(identity: w2wpp.Identity) -> w2wpp.Identity:
@@ -352,7 +312,7 @@ class _Watcher:
         lines = [
             f"{count} {'picture' if count == 1 else 'pictures'}, latents {width} x {height}"
             + (", masked" if task.mask is not None else ""),
-            f"{task.method}, {task.recipe}",
+            f"{task.recipe}",
             f"Loss {history[0]:.5g} to {min(history):.5g}; {solution.stop_reason}",
             f"{solution.evaluations} evaluations of the UNet in {seconds:.1f} s, {self._denoise.plan}",
             f"Distance from the average person {float(solution.identity.z.square().mean()) ** 0.5:.2f} "

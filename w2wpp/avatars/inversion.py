@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,18 +11,7 @@ from ..basis import AffineBasis
 from ..codecs import build_codec
 from ..errors import ConfigError
 from ..identity import Identity
-from ..inversion import (
-    Adam,
-    Cma,
-    Denoise,
-    Hybrid,
-    NoiseSchedule,
-    Objective,
-    Optimiser,
-    Pivotal,
-    Solution,
-    invert,
-)
+from ..inversion import Denoise, NoiseSchedule, Objective, Recipe, Solution, invert
 from ..layout import Layout
 from ..space import Space
 from .base import AvatarBase
@@ -31,27 +19,6 @@ from .batched import loras_applied
 from .renderer import render, sample_nuisance
 
 PORTRAIT_SEED = 9_000  # of the pictures that are inverted
-CROWD = 16  # people that are inverted side by side
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How a picture is inverted, whatever the space."""
-
-    optimiser: Optimiser
-    steps: int
-    objective: dict[str, Any] = field(default_factory=dict)  # keywords of Objective
-    pivotal: Pivotal | None = None
-    start: str = "amortised"  # or "mean"
-    options: dict[str, Any] = field(default_factory=dict)  # further keywords of invert
-
-
-RECIPES = {
-    "adam": Recipe(Adam(lr=0.01), 6, {"draws": 8}),
-    "cma": Recipe(Cma(population=8, sigma=0.05), 8, {"draws": 4}),
-    "hybrid": Recipe(Hybrid(spread=0.05, scales=(0.9, 1.1), adam=Adam(lr=0.01)), 6, {"draws": 8}),
-}
-DEFAULT = "adam"
 
 
 def denoiser(base: AvatarBase, layout: Layout, words: Tensor | None = None) -> Denoise:

@@ -19,14 +19,12 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, DataError
-from ..inversion import Adam, Cma, Objective, Pivotal
+from ..inversion import NEAR, Adam, Cma, Objective, Pivotal, Recipe
 from ..metrics import estimate, id_scores, pose_diversity
 from ..spacefile import load_space
 from ..training.dataset import load_dataset
 from .dreambooth import DreamBooth, Start, measure_start
 from .inversion import (
-    RECIPES,
-    Recipe,
     denoiser,
     invert_pictures,
     portraits,
@@ -54,7 +52,7 @@ class Row:
 def rows() -> dict[str, Row]:
     """In the order of their importance, so that an interrupted run holds what matters."""
     paper = Recipe(Adam(lr=0.1, betas=(0.9, 0.999), anneal=False), 400, PAPER, None, "mean", LAST)
-    best = RECIPES["adam"]
+    best = NEAR["adam"]
     found = {
         "own_lora": Row("own LoRA, 32 pictures", "reference"),
         "w2wpp": Row("VAE, amortised start, Adam (default)", "VAE", best, "avatars"),
@@ -73,8 +71,8 @@ def rows() -> dict[str, Row]:
             Recipe(Adam(lr=0.1), 25, {"draws": 8}, None, "mean", LAST),
         ),
         "single_dreambooth": Row("DreamBooth on the one picture", "weights"),
-        "cma": Row("VAE, amortised start, CMA-ES", "VAE, CMA-ES", RECIPES["cma"], "avatars"),
-        "hybrid": Row("VAE, screened starts, Adam", "VAE, hybrid", RECIPES["hybrid"], "avatars"),
+        "cma": Row("VAE, amortised start, CMA-ES", "VAE, CMA-ES", NEAR["cma"], "avatars"),
+        "hybrid": Row("VAE, screened starts, Adam", "VAE, hybrid", NEAR["hybrid"], "avatars"),
         "pivotal": Row(
             "VAE, amortised start, Adam, pivotal",
             "VAE, pivotal",

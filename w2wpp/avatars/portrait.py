@@ -13,10 +13,10 @@ from torch import Tensor
 
 from ..errors import ConfigError, FormatError
 from ..identity import save_identity
-from ..inversion import Progress
+from ..inversion import FAR, NEAR, Progress
 from ..spacefile import load_space
 from .base import load_base
-from .inversion import RECIPES, invert_pictures
+from .inversion import invert_pictures
 from .renderer import IMAGE_SIZE
 
 
@@ -32,12 +32,10 @@ def invert_file(
     callback: Any = None,
 ) -> dict[str, Any]:
     space, picture = load_space(space_path), read_picture(picture_path)
-    recipe = RECIPES[method]
+    recipe = (FAR if space.start is None else NEAR)[method]
     if mask_path is not None:
         mask = read_picture(mask_path).mean(1, keepdim=True) / 2 + 0.5  # white counts
         recipe = replace(recipe, objective={**recipe.objective, "mask": mask})
-    if space.start is None:
-        recipe = replace(recipe, steps=4 * recipe.steps)  # from the mean it is a longer way
     solution = invert_pictures(
         load_base(base_path), space, picture, recipe, seed=seed, callback=callback
     )

@@ -7,9 +7,13 @@ from .hybrid import Hybrid
 from .objective import Denoise, Draw, Objective
 from .optimiser import Optimiser, Run
 from .pivotal import Pivotal
+from .recipes import FAR, NEAR, Recipe
 from .schedule import NoiseSchedule
 
 __all__ = [
+    "FAR",
+    "NEAR",
+    "Recipe",
     "Adam",
     "Cma",
     "Denoise",

@@ -1,0 +1,39 @@
+"""Recipes: every method has one for both kinds of start, and every number of it can be set."""
+
+import pytest
+
+from w2wpp.inversion import FAR, NEAR, Pivotal
+from w2wpp.inversion.adam import Adam
+from w2wpp.inversion.cma import Cma
+from w2wpp.inversion.hybrid import Hybrid
+
+KINDS = {"adam": Adam, "cma": Cma, "hybrid": Hybrid}
+
+
+def rate(optimiser):
+    return {Adam: "lr", Cma: "sigma"}.get(type(optimiser)) or "adam"
+
+
+@pytest.mark.parametrize("recipes", [NEAR, FAR], ids=["near", "far"])
+@pytest.mark.parametrize("method", KINDS)
+def test_every_number_can_be_set(recipes, method):
+    before = recipes[method]
+    after = before.adjusted(steps=20, draws=3, rate=0.7, prior=0.5, pivotal=0.25)
+    assert isinstance(before.optimiser, KINDS[method])
+    found = getattr(after.optimiser, rate(after.optimiser))
+    assert (found.lr if method == "hybrid" else found) == 0.7
+    assert after.steps == 20 and after.pivotal.steps == 5
+    assert after.objective == {"draws": 3, "prior": 0.5}
+    assert "20 steps of 3" in str(after) and "pivotal 0.25" in str(after)
+
+
+@pytest.mark.parametrize("recipes", [NEAR, FAR], ids=["near", "far"])
+@pytest.mark.parametrize("method", KINDS)
+def test_nothing_set_changes_nothing(recipes, method):
+    assert recipes[method].adjusted() == recipes[method]
+
+
+def test_a_pivotal_stage_keeps_its_share_when_steps_change():
+    recipe = FAR["adam"]
+    assert recipe.adjusted(steps=100).pivotal == Pivotal(steps=20)
+    assert recipe.adjusted(pivotal=0.0).pivotal is None

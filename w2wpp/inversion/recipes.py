@@ -1,0 +1,81 @@
+"""What each method does by itself, from the guess of a start network and from a space's average person.
+
+Those from a guess were chosen on people whom no figure scores (benchmarks/results/inversion-tried.md); those from the
+average person are longer, and were not tuned.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from .adam import Adam
+from .cma import Cma
+from .hybrid import Hybrid
+from .optimiser import Optimiser
+from .pivotal import Pivotal
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a picture is inverted, whatever the space."""
+
+    optimiser: Optimiser
+    steps: int
+    objective: dict[str, Any] = field(default_factory=lambda: {"draws": 8})  # keywords of Objective
+    pivotal: Pivotal | None = None
+    start: str = "amortised"  # or "mean"
+    options: dict[str, Any] = field(default_factory=dict)  # further keywords of invert
+
+    def adjusted(
+        self,
+        *,
+        steps: int | None = None,
+        draws: int | None = None,
+        rate: float | None = None,
+        prior: float | None = None,
+        pivotal: float | None = None,  # share of the steps
+    ) -> Recipe:
+        """The same recipe with some of its numbers replaced."""
+        given = {"draws": draws, "prior": prior}
+        objective = {**self.objective, **{k: v for k, v in given.items() if v is not None}}
+        count = self.steps if steps is None else steps
+        share = self.pivotal_share if pivotal is None else pivotal
+        pivotal_steps = round(share * count)
+        stage = replace(self.pivotal or Pivotal(), steps=pivotal_steps) if pivotal_steps else None
+        optimiser = self.optimiser if rate is None else _with_rate(self.optimiser, rate)
+        return replace(self, optimiser=optimiser, steps=count, objective=objective, pivotal=stage)
+
+    def __str__(self) -> str:
+        return (
+            f"at most {self.steps} steps of {self.objective['draws']} noised pictures, {self.optimiser}, prior "
+            f"{self.objective.get('prior', 0.0):g}, pivotal {self.pivotal_share:g}"
+        )
+
+    @property
+    def pivotal_share(self) -> float:
+        """Steps of the pivotal stage, as a share of the others."""
+        return self.pivotal.steps / self.steps if self.pivotal else 0.0
+
+
+NEAR = {
+    "adam": Recipe(Adam(lr=0.01), 6, {"draws": 8}),
+    "cma": Recipe(Cma(population=8, sigma=0.05), 8, {"draws": 4}),
+    "hybrid": Recipe(Hybrid(spread=0.05, scales=(0.9, 1.1), adam=Adam(lr=0.01)), 6, {"draws": 8}),
+}
+_HELD = {"draws": 8, "prior": 1e-4}
+FAR = {
+    "adam": Recipe(Adam(lr=0.1), 50, _HELD, Pivotal(steps=10), "mean"),
+    "cma": Recipe(Cma(sigma=0.3), 80, _HELD, None, "mean"),
+    "hybrid": Recipe(Hybrid(adam=Adam(lr=0.1)), 50, _HELD, Pivotal(steps=10), "mean"),
+}
+
+
+def _with_rate(optimiser: Optimiser, rate: float) -> Optimiser:
+    """How far a step goes: for CMA-ES the deviation of its first population."""
+    if isinstance(optimiser, Cma):
+        return replace(optimiser, sigma=rate)
+    if isinstance(optimiser, Hybrid):
+        return replace(optimiser, adam=replace(optimiser.adam, lr=rate))
+    assert isinstance(optimiser, Adam)
+    return replace(optimiser, lr=rate)
