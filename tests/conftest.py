@@ -1,9 +1,12 @@
 """A miniature of everything: a layout of 8 modules, 60 LoRA vectors with structure, and one space per codec."""
 
+import json
+
 import pytest
 import torch
 
 from w2wpp import AffineBasis, Space, build_codec, transformer_layout
+from w2wpp.cli import main
 from w2wpp.training.coefficients import project_dataset
 from w2wpp.training.dataset import VectorDataset
 from w2wpp.training.fit_basis import fit_basis
@@ -67,3 +70,16 @@ def make_space(layout, basis):
 @pytest.fixture(params=CODECS)
 def space(request, make_space):
     return make_space(request.param)
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """run(*arguments) -> (exit code, parsed JSON or None, standard error), in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments):
+        code = main([*map(str, arguments), "--json"])
+        out, err = capsys.readouterr()
+        return code, json.loads(out) if out else None, err
+
+    return call

@@ -12,19 +12,6 @@ from w2wpp.training.dataset import load_dataset
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch, capsys):
-    """run(*arguments) -> (exit code, parsed JSON or None, standard error), in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*arguments):
-        code = main([*map(str, arguments), "--json"])
-        out, err = capsys.readouterr()
-        return code, json.loads(out) if out else None, err
-
-    return call
-
-
-@pytest.fixture
 def loras(dataset, tmp_path):
     """One folder per person, two files each, of the first 20 rows."""
     for i, w in enumerate(dataset.vectors()[:20]):

@@ -65,20 +65,3 @@ def folder(official, tmp_path):
     for name, value in official.items():
         torch.save(value, path / name)
     return path
-
-
-@pytest.fixture
-def run(tmp_path, monkeypatch, capsys):
-    """run(*arguments) -> (exit code, parsed JSON or None, standard error), in an empty folder."""
-    import json
-
-    from w2wpp.cli import main
-
-    monkeypatch.chdir(tmp_path)
-
-    def call(*arguments):
-        code = main([*map(str, arguments), "--json"])
-        out, err = capsys.readouterr()
-        return code, json.loads(out) if out else None, err
-
-    return call
