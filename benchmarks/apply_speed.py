@@ -11,31 +11,26 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
+from publish import publish
+from space_speed import write_space
 
 import w2wpp
 from tests.host.graphs import Graph
-from tests.host.server import Host, lay_out, serving
+from tests.host.server import PROBE, Host, lay_out, serving
 
-sys.path.insert(0, str(Path(__file__).parent))
-from space_speed import write_space
-
-NODES = Path(__file__).parent / "host_nodes"
 SPACE = "random.safetensors"
 
 
 def prompt(way: str, person: int, steps: int, size: int) -> dict[str, Any]:
     """A whole prompt that paints a person, with the identity applied one way or the other."""
     graph = Graph()
-    base = graph.add("Bench_RandomSD15")
+    base = graph.add("Probe_SD15", dtype="float32", inpaint=False)
     if way == "apply":
         space = graph.add("W2WPP_LoadSpace", space=SPACE)
         drawn = graph.add(
@@ -73,7 +68,7 @@ def measure(rounds: int, steps: int, size: int) -> dict[str, Any]:
     times: dict[str, list[float]] = {"apply": [], "stock": []}
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder)
-        lay_out(base, NODES)
+        lay_out(base, PROBE)
         path = base / "models" / "w2wpp" / SPACE
         write_space(path, 1000)
         loras = base / "models" / "loras"
@@ -122,11 +117,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=128)
     args = parser.parse_args()
     result = measure(args.rounds, args.steps, args.size)
-    result["hardware"] = f"{os.cpu_count()} cores ({platform.machine()})"
-    print(table(result))
-    if args.output:
-        args.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        args.output.with_suffix(".md").write_text(table(result) + "\n", encoding="utf-8")
+    publish(result, table(result), args.output)
 
 
 if __name__ == "__main__":

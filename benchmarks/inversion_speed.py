@@ -23,7 +23,6 @@ import copy
 import importlib.util
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -33,14 +32,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import in_host
 import torch
 import torch.nn.functional as F
+from publish import publish
+from space_speed import write_space
 
 import w2wpp
-
-sys.path.insert(0, str(Path(__file__).parent))
-import in_host
-from space_speed import write_space
 
 HOST = Path(os.environ.get("COMFYUI_PATH") or Path.home() / "comfy" / "ComfyUI")
 in_host.enter(HOST)
@@ -60,13 +58,14 @@ def open_model(family: str) -> tuple[Any, list, w2wpp.Space]:
             out.args[1],
             w2wpp.load_space(in_host.REPO / "models/avatars.safetensors"),
         )
+    # The tests' full-size UNet of random weights; importable only within a host.
     spec = importlib.util.spec_from_file_location(
-        "bench_nodes", Path(__file__).parent / "host_nodes/__init__.py"
+        "probe", in_host.REPO / "tests/host/probe/__init__.py"
     )
     assert spec and spec.loader
-    nodes = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(nodes)
-    out = nodes.RandomSD15.execute()
+    probe = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(probe)
+    out = probe.SmallSD15.execute("float32", False)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "space.safetensors"
         write_space(path, COMPONENTS)
@@ -355,16 +354,8 @@ def main() -> None:
         models[family]["peak_checkpointing"] = peak_elsewhere(family, large, True)
         models[family]["peak_latent"] = large
         print(json.dumps({family: models[family]}), file=sys.stderr, flush=True)
-    result = {
-        "models": models,
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "hardware": f"{os.cpu_count()} cores ({platform.machine()})",
-    }
-    print(table(result))
-    if args.output:
-        args.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        args.output.with_suffix(".md").write_text(table(result) + "\n", encoding="utf-8")
+    result = {"models": models}
+    publish(result, table(result), args.output)
 
 
 if __name__ == "__main__":

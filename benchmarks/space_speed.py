@@ -9,9 +9,6 @@ are reported. Opening is measured in a fresh process each time: seconds and resi
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -22,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from publish import publish
 
 from w2wpp import SD15, Basis, Space, build_codec
 from w2wpp.codecs.seed import Seed
@@ -164,13 +162,7 @@ def main() -> None:
             if components == 1000:
                 result["decode"] = decoding(path, args.rounds)
             path.unlink()
-    result["hardware"] = (
-        f"{os.cpu_count()} cores ({platform.machine()}), {torch.get_num_threads()} threads, torch {torch.__version__}"
-    )
-    print(table(result))
-    if args.output:
-        args.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        args.output.with_suffix(".md").write_text(table(result) + "\n", encoding="utf-8")
+    publish(result, table(result), args.output)
 
 
 if __name__ == "__main__":

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from .server import REPO, Host, HostMissing, find_host, lay_out, serving
+from .server import PROBE, REPO, Host, HostMissing, find_host, lay_out, serving
 
-PROBE = Path(__file__).parent / "probe"
 collect_ignore = ["probe"]  # imports the host's modules: it runs inside the server
 
 

@@ -10,8 +10,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from .conftest import PROBE, runnable_names, workflow_names
-from .server import REPO, lay_out, serving
+from .conftest import runnable_names, workflow_names
+from .server import PROBE, REPO, lay_out, serving
 
 ENGLISH = REPO / "locales" / "en" / "nodeDefs.json"
 

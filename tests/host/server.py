@@ -21,6 +21,7 @@ import numpy as np
 from PIL import Image
 
 REPO = Path(__file__).resolve().parents[2]
+PROBE = Path(__file__).parent / "probe"  # nodes for the tests only
 PACK_FOLDER = "W2W-plus.plus"  # a dash and a dot: a folder that was unzipped and renamed
 PACK_ENTRIES = ("__init__.py", "nodes", "w2wpp", "models", "web", "locales", "example_workflows")
 SECONDS = 900  # for a start or a prompt; far more than either takes, for machines that are busy
