@@ -105,26 +105,43 @@ def train_loras(
     ``index`` [N] numbers the people, so that own conditions do not depend on how people are grouped into batches.
     """
     stream = _Photographs(identity, config, index)
-    weights = start.vector.expand(len(identity), -1).clone()
-    velocity = torch.zeros_like(weights)
-    average, averaged = torch.zeros_like(weights), 0
-    first_averaged = int(config.average_from * config.steps)
+    descent = Momentum(start.vector.expand(len(identity), -1), start, config)
     for step in range(config.steps):
-        weights.requires_grad_(True)
+        weights = descent.weights.requires_grad_(True)
         loss = _loss(base, layout, weights, *stream.batch(step))
         (gradient,) = torch.autograd.grad(loss, weights)
-        weights = weights.detach()
-        velocity = (
-            config.momentum * velocity + (1 - config.momentum) * gradient / start.preconditioner
+        descent.step(gradient)
+        callback(step + 1, loss.item() / len(identity))
+    return descent.mean()
+
+
+class Momentum:
+    """The steps of a training: momentum under the shared preconditioner, clipped, with a rate that decays to zero."""
+
+    def __init__(self, weights: Tensor, start: Start, config: DreamBooth) -> None:
+        self.weights, self._start, self._config = weights.clone(), start, config  # [N, P]
+        self._velocity, self._sum = torch.zeros_like(weights), torch.zeros_like(weights)
+        self._taken = self._summed = 0
+
+    def step(self, gradient: Tensor) -> None:
+        """gradient [N, P] at ``weights``."""
+        config = self._config
+        self._velocity = (
+            config.momentum * self._velocity
+            + (1 - config.momentum) * gradient / self._start.preconditioner
         )
         # A single bad batch may not throw a LoRA off its path.
-        bound = config.clip * start.norm / velocity.norm(dim=1, keepdim=True).clamp_min(1e-12)
-        rate = config.learning_rate * 0.5 * (1 + math.cos(math.pi * step / config.steps))
-        weights = weights - rate * velocity * bound.clamp_max(1.0)
-        if step >= first_averaged:
-            average, averaged = average + weights, averaged + 1
-        callback(step + 1, loss.item() / len(identity))
-    return average / averaged
+        length = self._velocity.norm(dim=1, keepdim=True).clamp_min(1e-12)
+        bound = (config.clip * self._start.norm / length).clamp_max(1.0)
+        rate = config.learning_rate * 0.5 * (1 + math.cos(math.pi * self._taken / config.steps))
+        self.weights = self.weights.detach() - rate * self._velocity * bound
+        if self._taken >= int(config.average_from * config.steps):
+            self._sum, self._summed = self._sum + self.weights, self._summed + 1
+        self._taken += 1
+
+    def mean(self) -> Tensor:
+        """Mean [N, P] of the weights over the last part of the run."""
+        return self._sum / self._summed
 
 
 def _loss(

@@ -5,7 +5,6 @@ Recipes were chosen on the first held-out people (rows 800 to 831); those scored
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Collection, Iterator
@@ -23,7 +22,7 @@ from ..inversion import NEAR, Adam, Cma, Objective, Pivotal, Recipe
 from ..metrics import estimate, id_scores, pose_diversity
 from ..spacefile import load_space
 from ..training.dataset import load_dataset
-from .dreambooth import DreamBooth, Start, measure_start
+from .dreambooth import DreamBooth, Momentum, measure_start
 from .inversion import (
     denoiser,
     invert_pictures,
@@ -283,54 +282,11 @@ def one_picture_dreambooth(
         draws=config.pictures,
         fresh=True,
     )
-    run = Preconditioned(config, start).begin(
-        torch.zeros(len(people), layout.size), steps=1, seed=0
-    )
+    descent = Momentum(torch.zeros(len(people), layout.size), start, config)
     for step in range(config.steps):
-        z = run.ask()
-        run.tell(*objective.value_and_gradient(z, None, objective.draw(step)))
-    return space.decode(run.result()), objective.evaluations
-
-
-@dataclass(frozen=True)
-class Preconditioned:
-    """The momentum steps of `dreambooth.train_loras`, as an optimiser."""
-
-    config: DreamBooth
-    shared: Start
-
-    def begin(self, start: Tensor, *, steps: int, seed: int) -> PreconditionedRun:
-        return PreconditionedRun(self, start)
-
-
-class PreconditionedRun:
-    gradients, stage = True, "momentum"
-
-    def __init__(self, settings: Preconditioned, start: Tensor) -> None:
-        self.settings, self.x, self.step = settings, start, 0
-        self.velocity, self.average, self.averaged = (
-            torch.zeros_like(start),
-            torch.zeros_like(start),
-            0,
-        )
-
-    def ask(self) -> Tensor:
-        return self.x
-
-    def tell(self, losses: Tensor, gradients: Tensor | None) -> None:
-        assert gradients is not None
-        config, shared = self.settings.config, self.settings.shared
-        scaled = gradients / shared.preconditioner
-        self.velocity = config.momentum * self.velocity + (1 - config.momentum) * scaled
-        bound = config.clip * shared.norm / self.velocity.norm(dim=1, keepdim=True).clamp_min(1e-12)
-        rate = config.learning_rate * 0.5 * (1 + math.cos(math.pi * self.step / config.steps))
-        self.x = self.x - rate * self.velocity * bound.clamp_max(1.0)
-        if self.step >= int(config.average_from * config.steps):
-            self.average, self.averaged = self.average + self.x, self.averaged + 1
-        self.step += 1
-
-    def result(self) -> Tensor:
-        return self.average / self.averaged if self.averaged else self.x
+        draw = objective.draw(step)
+        descent.step(objective.value_and_gradient(descent.weights, None, draw)[1])
+    return space.decode(descent.mean()), objective.evaluations
 
 
 def _statistics(material: Material) -> tuple[Tensor, Tensor]:
@@ -348,10 +304,6 @@ def _join(parts: list[Scores]) -> Scores:
         return torch.cat(values) if isinstance(values[0], Tensor) else sum(values) / len(values)
 
     return {key: one([p[key] for p in parts]) for key in parts[0]}
-
-
-def read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def curves(result: dict[str, Any]) -> Iterator[tuple[str, list[tuple[float, float]]]]:
