@@ -1,6 +1,9 @@
 """The command line as a user meets it: verbs, JSON, exit codes. Runs in this process."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +12,8 @@ from w2wpp import Space, edit, load_identity, load_lora, load_space, save_lora, 
 from w2wpp.cli import build_parser, main
 from w2wpp.gauge import span_distance
 from w2wpp.training.dataset import load_dataset
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -227,3 +232,10 @@ def test_plain_output_is_for_people(space_file, capsys):
     out = capsys.readouterr().out
     assert "trigger_prompt: person\n" in out and "layout: tiny: 8 modules" in out
     assert isinstance(load_space(space_file), Space)
+
+
+def test_a_reader_that_leaves_early_is_no_error(space_file):
+    command = [sys.executable, "-m", "w2wpp", "info", str(space_file)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT)
+    process.stdout.close()
+    assert (process.wait(), process.stderr.read()) == (0, b"")

@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import importlib
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -38,8 +39,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("w2wpp: interrupted", file=sys.stderr)
         return 130
     if result:
-        print(json.dumps(result, allow_nan=False) if args.json else _text(result))
+        _print(json.dumps(result, allow_nan=False) if args.json else _text(result))
     return 0
+
+
+def _print(text: str) -> None:
+    """On standard output, which may be a pipe that wanted only the first lines (`w2wpp info FILE | head`)."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        # Python flushes once more on its way out, and would complain again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def build_parser() -> argparse.ArgumentParser:
