@@ -10,7 +10,7 @@ import w2wpp
 from w2wpp import SD15, Basis, Space, build_codec
 from w2wpp.layout import Lora
 
-from .graphs import Graph, Link
+from .graphs import SAMPLER, Graph, Link
 from .server import Host, PromptFailed
 from .test_apply import host_key
 
@@ -157,6 +157,43 @@ def test_other_loras_and_adapters_stay_in_place(host: Host, space: Space) -> Non
     assert_updated(before, read(host, "with-other"), updates(space, {3: 1.0, 4: 0.5}))
     assert_updated(before, read(host, "with-two"), updates(space, {3: 1.0, 4: 0.5, 5: -0.3}))
     assert_updated(before, read(host, "with-other-late"), updates(space, {4: 0.5}))
+
+
+def test_identities_and_a_controlnet_both_act(host: Host, space: Space) -> None:
+    graph = SD15Graph()
+    base = graph.add("Probe_SD15", dtype="float32", inpaint=False)
+    picture = graph.add("EmptyImage", width=64, height=64, batch_size=1, color=0x305080)
+    control = graph.add("Probe_ControlNet")
+    steered = graph.add(
+        "ControlNetApply", conditioning=[base, 1], control_net=[control, 0], image=[picture, 0], strength=0.1,
+    )  # fmt: skip
+    latent = graph.add("EmptyLatentImage", width=64, height=64, batch_size=1)
+    bare: Link = [base, 0]
+    ways = {
+        "bare": (bare, base, 1),
+        "control": (bare, steered, 0),
+        "identity": ([graph.apply(bare, 3), 0], base, 1),
+        "both": ([graph.apply(bare, 3), 0], steered, 0),
+        "both, late": ([graph.apply(bare, 3, start=0.5), 0], steered, 0),
+        "both, at 0": ([graph.apply(bare, 3, strength=0.0), 0], steered, 0),
+    }
+    for name, (model, prompt, output) in ways.items():
+        sampled = graph.add(
+            "KSampler", model=model, positive=[prompt, output], negative=[base, 1],
+            latent_image=[latent, 0], **{**SAMPLER, "steps": 4}, seed=1,
+        )  # fmt: skip
+        graph.add("SaveLatent", samples=[sampled, 0], filename_prefix=f"controlled-{name}")
+    host.run(graph.nodes)
+    found = {
+        name: load_file(next(host.output.glob(f"controlled-{name}_*.latent")))["latent_tensor"]
+        for name in ways
+    }
+    assert all(bool(torch.isfinite(t).all()) for t in found.values())
+    assert torch.equal(found["both, at 0"], found["control"])
+    distinct = [found[name] for name in ("bare", "control", "identity", "both", "both, late")]
+    for i, one in enumerate(distinct):
+        for other in distinct[i + 1 :]:
+            assert (one - other).abs().max() > 1e-3
 
 
 def test_a_saved_file_gives_the_same_weights_through_the_stock_loader(

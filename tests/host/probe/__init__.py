@@ -5,6 +5,8 @@ import hashlib
 import json
 import os
 
+import comfy.cldm.cldm
+import comfy.controlnet
 import comfy.model_management
 import comfy.model_patcher
 import comfy.supported_models
@@ -249,16 +251,36 @@ class SmallSD15(io.ComfyNode):
         if inpaint:
             model.set_inpaint()
         generator = torch.Generator().manual_seed(0)
-        for name, weight in model.diffusion_model.named_parameters():
-            if weight.ndim > 1:
-                scale = weight[0].numel() ** -0.5
-                weight.copy_(torch.randn(weight.shape, generator=generator) * scale)
-            else:
-                weight.fill_(float(name.endswith("weight")))
+        fill(model.diffusion_model, generator)
         cpu = torch.device("cpu")
         patcher = comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu)
         prompt = [[torch.randn(1, 77, 768, generator=generator), {}]]
         return io.NodeOutput(patcher, prompt, RandomVAE())
+
+
+class RandomControl(io.ComfyNode):
+    """A full-size SD 1.5 ControlNet with random weights."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(node_id="Probe_ControlNet", inputs=[], outputs=[io.ControlNet.Output()])
+
+    @classmethod
+    def execute(cls):
+        config = {**COMMON, **FAMILIES["SD15"], "hint_channels": 3, "dtype": torch.float32}
+        del config["out_channels"]
+        net = comfy.cldm.cldm.ControlNet(**config)
+        fill(net, torch.Generator().manual_seed(1))
+        return io.NodeOutput(comfy.controlnet.ControlNet(net, load_device=torch.device("cpu")))
+
+
+def fill(module, generator):
+    """Random weights under which signals keep their size."""
+    for name, weight in module.named_parameters():
+        if weight.ndim > 1:
+            weight.copy_(torch.randn(weight.shape, generator=generator) * weight[0].numel() ** -0.5)
+        else:
+            weight.fill_(float(name.endswith("weight")))
 
 
 class RandomVAE:
@@ -276,7 +298,9 @@ class RandomVAE:
 
 class ProbeExtension(ComfyExtension):
     async def get_node_list(self):
-        return [RandomModel, OtherModel, Adapters, Weights, State, FailingSpace, SmallSD15]
+        return [
+            RandomModel, OtherModel, Adapters, Weights, State, FailingSpace, SmallSD15, RandomControl,
+        ]  # fmt: skip
 
 
 async def comfy_entrypoint():
