@@ -108,7 +108,6 @@ class Denoiser:
         plan: Plan,
     ) -> None:
         self.plan = plan
-        self.evaluations = 0  # rows that went through the UNet
         self._unet, self._layout, self._modules = unet, layout, modules
         self._context = context  # [1, tokens, channels]
         self._times = times  # [T] as the UNet wants them
@@ -120,7 +119,6 @@ class Denoiser:
     def __call__(self, noisy: Tensor, timestep: Tensor, vectors: Tensor) -> Tensor:
         place = {"device": self.plan.device, "dtype": self.plan.dtype}
         self._lora = self._layout.unpack(vectors.to(**place))
-        self.evaluations += len(noisy)
         times = self._times[timestep.to(self._times.device)]
         context = self._context.expand(len(noisy), -1, -1)
         predicted = self._unet(

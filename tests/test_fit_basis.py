@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from w2wpp import AffineBasis, ConfigError, DataError
+from w2wpp.metrics import pooled_r2
 from w2wpp.training import dataset as dataset_module
 from w2wpp.training.coefficients import (
     load_coefficients,
     project_dataset,
     save_coefficients,
-    vector_r2,
     weight_r2,
 )
 from w2wpp.training.dataset import VectorDataset
@@ -72,7 +72,9 @@ def test_signs_are_fixed(layout):
 
 def test_impossible_sizes_are_refused(layout):
     data = wide_or_tall(layout, 20)  # 15 training rows
-    with pytest.raises(ConfigError, match=r"15 training rows .* support 1 to 14 components. Got 15"):
+    with pytest.raises(
+        ConfigError, match=r"15 training rows .* support 1 to 14 components. Got 15"
+    ):
         fit_basis(data, 15)
     with pytest.raises(ConfigError, match="'row'"):
         fit_basis(data, 2, standardise="row")
@@ -90,7 +92,7 @@ def test_score_on_coefficients_is_the_score_on_vectors(layout):
     score = weight_r2(c.values, cut, basis.singular_values, outside=c.outside)
     w = data.vectors()
     varies = torch.arange(layout.size) != 3
-    raw = vector_r2(w[:, varies], basis.lift(cut)[:, varies], basis.mean[varies])
+    raw = pooled_r2(w[:, varies], basis.lift(cut)[:, varies], basis.mean[varies])
     assert score == pytest.approx(raw, abs=1e-3)
     assert weight_r2(c.values, c.values, basis.singular_values) == 1.0
     assert weight_r2(c.values, 0 * c.values, basis.singular_values, outside=c.outside) == 0.0

@@ -99,12 +99,6 @@ def weight_r2(
     return float(1.0 - missed.sum() / spread.sum())
 
 
-def vector_r2(w: Tensor, reconstruction: Tensor, mean: Tensor) -> float:
-    """The same on vectors [B, P] themselves, against the training mean [P]."""
-    missed = (w - reconstruction).double().square().sum()
-    return float(1.0 - missed / (w - mean).double().square().sum())
-
-
 def save_coefficients(
     path: str | os.PathLike[str], coefficients: Coefficients, basis: Basis
 ) -> None:
