@@ -16,6 +16,7 @@ from w2wpp.inversion import (
     Objective,
     Pivotal,
     StopInversion,
+    best_of,
     invert,
 )
 
@@ -243,3 +244,23 @@ def test_refuses():
     ):
         with pytest.raises(ConfigError):
             bad()
+
+
+def test_best_of_several_is_the_one_nearest_to_the_optimum():
+    objective, _ = problem(people=2)
+    samples = objective.space.sample(16, generator=torch.Generator().manual_seed(5))
+    found = best_of(objective, samples)
+    nearest = (samples.z - TARGET).norm(dim=1).argmin()
+    assert torch.equal(found.z, samples.z[nearest].expand(2, -1))
+    assert objective.evaluations == 16 * 4
+    solution = invert(objective, Adam(lr=0.05), steps=10, start=found)
+    assert max(solution.loss) < float(objective.loss(found.z, None, objective.draw(0)).min())
+
+
+def test_a_candidate_keeps_its_residual_and_foreign_ones_are_refused():
+    objective, _ = problem()
+    z, fingerprint = torch.zeros(2, D), objective.space.fingerprint
+    both = Identity(z, fingerprint, torch.cat([torch.zeros(1, K), TARGET]))
+    assert torch.equal(best_of(objective, both).residual, TARGET)
+    with pytest.raises(SpaceMismatch):
+        best_of(objective, Identity(z, "0" * 32))

@@ -9,6 +9,7 @@ from .optimiser import Optimiser, Run
 from .pivotal import Pivotal
 from .recipes import FAR, NEAR, Recipe
 from .schedule import NoiseSchedule
+from .starts import best_of
 
 __all__ = [
     "FAR",
@@ -27,5 +28,6 @@ __all__ = [
     "Run",
     "Solution",
     "StopInversion",
+    "best_of",
     "invert",
 ]
