@@ -27,10 +27,9 @@ from ..w2wpp.errors import ConfigError, LayoutMismatch
 from . import host
 
 PREFIX = "diffusion_model."
-# Numbers that autograd keeps for each picture, latent pixel and channel of the first block: of all activations (SD 1.5
-# takes about 2 GB at 64x64 in single precision, which is 380; the avatar model 370), and an estimate of what
-# checkpointing leaves. Both with room to spare.
-KEPT, KEPT_CHECKPOINTED = 500, 120
+# Numbers in memory at the peak of a step, for each picture, latent pixel and channel of the first block: without
+# checkpointing SD 1.5 takes 343 at 64x64, with it 236 (benchmarks/results/inversion_speed.md). Both with room to spare.
+KEPT, KEPT_CHECKPOINTED = 500, 300
 
 
 @dataclass(frozen=True)
