@@ -6,14 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from ..errors import ConfigError, FormatError
+from ..errors import ConfigError
 from ..identity import save_identity
 from ..inversion import FAR, NEAR, Progress
+from ..pictures import open_picture, pixels
 from ..spacefile import load_space
 from .base import load_base
 from .inversion import invert_pictures
@@ -51,17 +49,13 @@ def invert_file(
 
 def read_picture(path: Path) -> Tensor:
     """A picture file as [1, 3, 32, 32] in [-1, 1]."""
-    try:
-        with Image.open(path) as file:
-            picture = np.asarray(file.convert("RGB"))
-    except UnidentifiedImageError as e:
-        raise FormatError(f"{path} is not a picture that Pillow can read.") from e
-    if picture.shape[:2] != (IMAGE_SIZE, IMAGE_SIZE):
+    picture = open_picture(path)
+    if picture.size != (IMAGE_SIZE, IMAGE_SIZE):
         raise ConfigError(
-            f"The avatars' pictures are {IMAGE_SIZE} x {IMAGE_SIZE}. Got {picture.shape[1]} x "
-            f"{picture.shape[0]} in {path}; scale it down first."
+            f"The avatars' pictures are {IMAGE_SIZE} x {IMAGE_SIZE}. Got {picture.width} x "
+            f"{picture.height} in {path}; scale it down first."
         )
-    return torch.from_numpy(picture.copy()).float().div(127.5).sub(1).permute(2, 0, 1)[None]
+    return pixels(picture)
 
 
 def say(log: Any) -> Any:

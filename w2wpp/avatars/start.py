@@ -7,13 +7,19 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from ..container import open_container, write_container
 from ..spacefile import load_space, save_space
 from ..start import StartNetwork, build_start
 from ..training.dataset import VectorDataset
-from ..training.fit_start import StartTraining, start_from_reader, train_reader
+from ..training.fit_start import (
+    Pictures,
+    StartTraining,
+    picture_bank,
+    start_from_reader,
+    to_bank,
+    train_reader,
+)
 from .renderer import TRAITS, render, sample_identities, sample_nuisance
 
 FORMAT = "w2wpp.avatar_reader"
@@ -46,14 +52,8 @@ def add_start(path: Path, network: StartNetwork, dataset: VectorDataset) -> Path
     return path
 
 
-def _rendered(seed: int) -> Callable[[int, torch.Generator], tuple[Tensor, Tensor]]:
+def _rendered(seed: int) -> Pictures:
     generator = torch.Generator().manual_seed(seed)
     people = sample_identities(PICTURES, generator=generator)
     shots = sample_nuisance(PICTURES, generator=generator)
-    bank = render(people, shots).mul(127).round().to(torch.int8)
-
-    def pictures(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        rows = torch.randint(PICTURES, (count,), generator=generator)
-        return bank[rows].float() / 127, people[rows]
-
-    return pictures
+    return picture_bank(to_bank(render(people, shots)), people)

@@ -24,6 +24,7 @@ from ..imports.w2w_space import w2w_basis, w2w_coefficients
 from ..layout import SD15, Layout
 from ..lorafile import load_lora
 from ..spacefile import load_space, save_directions, save_space
+from . import start_table
 from .coefficients import (
     Coefficients,
     load_coefficients,
@@ -112,6 +113,7 @@ def register(verbs: Any) -> None:
     p.add_argument("-o", "--output", required=True, metavar="SPACE")
     p.set_defaults(run=train)
     _register_directions(verbs)
+    start_table.register(verbs)
 
 
 def _register_directions(verbs: Any) -> None:

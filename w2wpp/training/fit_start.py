@@ -36,6 +36,21 @@ class StartTraining:
     features: int = 128
 
 
+def picture_bank(bank: Tensor, labels: Tensor) -> Pictures:
+    """Draws from pictures [n, 3, H, W] in int8 (-127 is black, 127 white) and the labels [n, L] of who is in them."""
+
+    def pictures(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        rows = torch.randint(len(bank), (count,), generator=generator)
+        return bank[rows].float() / 127, labels[rows]
+
+    return pictures
+
+
+def to_bank(pictures: Tensor) -> Tensor:
+    """Pictures in [-1, 1] as a bank holds them."""
+    return pictures.mul(127).round().to(torch.int8)
+
+
 def train_reader(
     pictures: Pictures,
     labels: int,
