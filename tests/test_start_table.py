@@ -9,6 +9,7 @@ from PIL import Image
 
 from w2wpp import load_space
 from w2wpp.cli import main
+from w2wpp.identity import save_identity
 from w2wpp.layout import Layout, Module
 from w2wpp.spacefile import save_space
 from w2wpp.training.dataset import load_dataset, write_dataset
@@ -38,9 +39,13 @@ def world(tmp_path):
     )
     save_space(linear_space(dataset, fit_basis(dataset, 2)), tmp_path / "space.safetensors")
     for i, (red, green) in enumerate(traits.tolist()):
-        colour = torch.tensor([red, green, 0.0]).add(1).mul(127.5).round().byte().numpy()
-        Image.fromarray(np.tile(colour, (12, 20, 1))).save(tmp_path / f"{i}.png")
+        save_tint(tmp_path / f"{i}.png", red, green)
     return tmp_path, traits
+
+
+def save_tint(path, red, green):
+    colour = torch.tensor([red, green, 0.0]).add(1).mul(127.5).round().byte().numpy()
+    Image.fromarray(np.tile(colour, (12, 20, 1))).save(path)
 
 
 def write_table(folder, traits, labels):
@@ -88,7 +93,7 @@ def test_people_that_were_held_out_are_recognised(world, capsys, labels):
     ("text", "message"),
     [
         ("", "an empty file"),
-        ("file,who\n0.png,p0", "needs a header"),
+        ("file,who\n0.png,p0", "needs a header that starts with 'picture,person'"),
         ("picture,person\nnone.png,p0", "no picture 'none.png'"),
         ("picture,person\n0.png,p99", "no LoRA 'p99'"),
         ("picture,person\n0.png,", "needs labels"),
@@ -107,3 +112,40 @@ def test_a_bad_table_is_one_sentence_and_the_space_stays(world, capsys, text, me
     assert fit(folder) == 1
     assert message in capsys.readouterr().err
     assert (folder / "space.safetensors").read_bytes() == before
+
+
+def test_paintings_correct_the_answers(world, capsys):
+    """Pictures painted with latents show half of what the weights promise; answers then go twice as far."""
+    folder, traits = world
+    write_table(folder, traits, labels=True)
+    space, dataset = (
+        load_space(folder / "space.safetensors"),
+        load_dataset(folder / "data.safetensors"),
+    )
+    drawn = space.sample(60, generator=torch.Generator().manual_seed(3))
+    save_identity(drawn, folder / "drawn.safetensors")
+    with torch.no_grad():
+        z = space.encode(dataset.vectors()).mean
+    seen = drawn.z @ torch.linalg.lstsq(z, traits[:PEOPLE]).solution * 0.5
+    lines = ["picture,identity,index"]
+    for i, (red, green) in enumerate(seen.clamp(-1, 1).tolist()):
+        save_tint(folder / f"painted-{i}.png", red, green)
+        lines.append(f"painted-{i}.png,drawn.safetensors,{i}")
+    (folder / "painted.csv").write_text("\n".join(lines), encoding="utf-8")
+    assert fit(folder, "-o", str(folder / "plain.safetensors")) == 0
+    painted = ("--painted", str(folder / "painted.csv"))
+    assert fit(folder, "-o", str(folder / "out.safetensors"), *painted) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["paintings"] == 60
+    pictures = (
+        torch.rand(20, 3, 1, 1).mul(1.2).sub(0.6).expand(-1, -1, 8, 8)
+        * torch.tensor([1, 1, 0])[:, None, None]
+    )
+    plain = load_space(folder / "plain.safetensors").start_from(pictures).z
+    corrected = load_space(folder / "out.safetensors").start_from(pictures).z
+    assert 1.5 < corrected.norm() / plain.norm() < 2.5
+
+    (folder / "painted.csv").write_text(
+        lines[0] + "\npainted-0.png,drawn.safetensors,60", encoding="utf-8"
+    )
+    assert fit(folder, *painted) == 1
+    assert "holds 60 identities" in capsys.readouterr().err

@@ -1,7 +1,7 @@
 """The amortised start: a small network from a picture to a latent, trained with a space and stored in its file.
 
-It costs one pass of its own and none of the UNet. Its answer is a regression to the mean, shorter than real latents;
-`scale`, measured on people it was not trained on, makes up for that.
+It costs one pass of its own and none of the UNet. An answer that is only a regression is shorter than real latents;
+calibration on paintings (`training.fit_start.LabelMap`) makes up for that, or by hand `scale`.
 """
 
 from __future__ import annotations

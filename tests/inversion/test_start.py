@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from w2wpp import Basis, Layout, Module, Space, build_codec, load_space, save_space
-from w2wpp.errors import ConfigError, FormatError, ShapeError
+from w2wpp.errors import ConfigError, DataError, FormatError, ShapeError
 from w2wpp.spacefile import save_directions
 from w2wpp.start import StartNetwork, build_start
-from w2wpp.training.fit_start import StartTraining, start_from_reader, train_reader
+from w2wpp.training.fit_start import LabelMap, StartTraining, start_from_reader, train_reader
 
 D = 3
 
@@ -80,10 +80,37 @@ def test_a_start_learns_to_read_people():
     generator = torch.Generator().manual_seed(0)
     labels = torch.randn(40, 2, generator=generator)
     true = torch.tensor([[1.0, 0.0, 2.0], [0.5, -1.0, 0.0]])
-    start = start_from_reader(reader, labels, labels @ true + 0.3, penalty=1e-6, scale=1.0)
+    answer = LabelMap.fit(labels, labels @ true + 0.3, penalty=1e-6)
+    start = start_from_reader(reader, answer)
     seen, who = pictures(200, generator)
     z = who @ true + 0.3
     r2 = 1 - (start(seen) - z).square().sum() / (z - z.mean(0)).square().sum()
     assert r2 > 0.8
-    torch.testing.assert_close(start.spread / labels.std(0)[:, None], true, atol=0.01, rtol=0)
+    torch.testing.assert_close(start.spread, true, atol=0.01, rtol=0)
     assert build_start(start.config).state_dict().keys() == start.state_dict().keys()
+
+
+def test_answers_are_corrected_by_what_is_painted():
+    """Latents show at half strength and with an offset: the corrected answers make up for both."""
+    generator = torch.Generator().manual_seed(1)
+    labels = torch.randn(60, 2, generator=generator)
+    true = torch.tensor([[1.0, 0.0, 2.0], [0.5, -1.0, 0.0]])
+    answer = LabelMap.fit(labels, labels @ true, penalty=1e-6)
+    shown = 0.5 * torch.linalg.pinv(true)  # [d, L]
+
+    def read(z):
+        return z @ shown + 0.4
+
+    painted = torch.randn(200, 3, generator=generator)
+    better = answer.calibrated(painted, read(painted), damping=1e-6)
+    torch.testing.assert_close(read(better(labels)), labels, atol=0.01, rtol=0.01)
+    assert (read(answer(labels)) - labels).abs().max() > 0.5
+    # Where nothing shows, damping keeps answers from running away.
+    hidden = read(painted) * torch.tensor([1.0, 0.0]) + 0.001 * torch.randn(
+        200, 2, generator=generator
+    )
+    assert answer.calibrated(painted, hidden)(labels).norm() < 3 * answer(labels).norm()
+    with pytest.raises(DataError, match="more paintings"):
+        answer.calibrated(painted[:3], read(painted[:3]))
+    with pytest.raises(DataError, match="Paintings come with"):
+        answer.calibrated(painted, read(painted)[:, :1])

@@ -29,10 +29,10 @@ class DreamBooth:
     """How LoRAs are trained. N people, M pictures a step."""
 
     seed: int = 2
-    steps: int = 88
-    pictures: int = 8  # M, per person and step
+    steps: int = 90
+    pictures: int = 6  # M, per person and step
     photographs: int = 32  # different photographs of a person, visited in turn
-    learning_rate: float = 1.5e-2  # of a coordinate with average gradient; decays to zero
+    learning_rate: float = 2e-2  # of a coordinate with average gradient; decays to zero
     momentum: float = 0.9
     clip: float = 1.0  # a step's norm, in multiples of the pilot's average
     average_from: float = 0.75  # the result is the mean of the weights over the rest of the run

@@ -27,7 +27,7 @@ VAES = {
     "skip-128": VaeTraining(codec="vae-skip", latent=128, beta=0.03),
     "mlp-64": VaeTraining(codec="vae-mlp", latent=64, beta=0.03),
 }
-DEFAULT, LINEAR = "skip-64", "pca-64"
+DEFAULT, LINEAR = "skip-128", "pca-128"
 
 
 def train_spaces(

@@ -192,7 +192,7 @@ def run_start(args: Namespace) -> dict[str, Any]:
     dataset, network = _dataset(args), start.reader(args.work, _log)
     shipped = [MODELS / f"{name}.safetensors" for name in ("avatars", "avatars-pca")]
     paths = [*args.space, *(shipped if args.ship else [])]
-    return {"written": [str(start.add_start(path, network, dataset)) for path in paths]}
+    return {"written": [str(start.add_start(path, network, dataset, _studio())) for path in paths]}
 
 
 def run_list(args: Namespace) -> dict[str, Any]:

@@ -7,12 +7,16 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from ..container import open_container, write_container
+from ..space import Space
 from ..spacefile import load_space, save_space
 from ..start import StartNetwork, build_start
 from ..training.dataset import VectorDataset
+from ..training.directions import encode_rows
 from ..training.fit_start import (
+    LabelMap,
     Pictures,
     StartTraining,
     picture_bank,
@@ -21,16 +25,17 @@ from ..training.fit_start import (
     train_reader,
 )
 from .renderer import TRAITS, render, sample_identities, sample_nuisance
+from .studio import Studio
 
 FORMAT = "w2wpp.avatar_reader"
-PICTURES = 40_000
-# Answers are shrunk to the mean; ID scores of 16 held-out people of the tuning split rose up to about here.
-SCALE = 1.5
+PICTURES = 120_000  # rendered, for the reader
+PAINTINGS = 2_000  # latents that are painted, twice each, to calibrate the answers
+TRAINING = StartTraining(steps=4_500)
 
 
 def reader(folder: Path, callback: Callable[[str], None]) -> StartNetwork:
     """The network that reads traits from pictures; made once, kept in ``folder``."""
-    path, config = folder / "reader.safetensors", StartTraining()
+    path, config = folder / "reader.safetensors", TRAINING
     if not path.exists():
         network = train_reader(_rendered(config.seed), len(TRAITS), config, callback=callback)
         about = {"network": network.config, "training": asdict(config), "pictures": PICTURES}
@@ -41,15 +46,42 @@ def reader(folder: Path, callback: Callable[[str], None]) -> StartNetwork:
     return network.requires_grad_(False).eval()
 
 
-def add_start(path: Path, network: StartNetwork, dataset: VectorDataset) -> Path:
-    """Write a start network into a space file, fitted to the space's latents of the training people."""
+def add_start(path: Path, network: StartNetwork, dataset: VectorDataset, studio: Studio) -> Path:
+    """Fit a start network to the latents of the training people, calibrate it on paintings, write it into the space."""
     space, rows = load_space(path), dataset.training_rows
     assert dataset.labels is not None
+    z = encode_rows(space, dataset)[rows]
+    answer = LabelMap.fit(dataset.labels[rows], z, penalty=TRAINING.penalty)
+    painted = paintings(answer, PAINTINGS)
     with torch.no_grad():
-        z = torch.cat([space.encode(w).mean for _, w in dataset.chunks(rows)])
-    start = start_from_reader(network, dataset.labels[rows], z, scale=SCALE)
+        read = _read(space, painted, network, studio)
+    start = start_from_reader(network, answer.calibrated(painted, read))
     save_space(replace(space, start=start), path)
     return path
+
+
+def paintings(answer: LabelMap, count: int, *, seed: int = 12) -> Tensor:
+    """Latents [count, d] to paint: most about where answers lie and beyond, a quarter anywhere in the space."""
+    generator = torch.Generator().manual_seed(seed)
+    people = sample_identities(count, generator=generator)
+    reach = 0.5 + 1.5 * torch.rand(count, 1, generator=generator)
+    answers = reach * (people @ answer.weights) + answer.bias
+    anywhere = torch.randn(answers.shape, generator=generator)
+    z = answers + 0.5 * anywhere * (torch.arange(count)[:, None] < count // 2)
+    z[-count // 4 :] = anywhere[-count // 4 :]
+    return z
+
+
+def _read(space: Space, z: Tensor, network: StartNetwork, studio: Studio) -> Tensor:
+    """Traits [n, 20] that the network reads in pictures of latents, on average over each one's pictures."""
+    vectors = (space.decode(part) for part in z.split(64))
+    read = []
+    for i, part in enumerate(vectors):
+        here = replace(studio, pictures=2, seed=studio.seed + 1_000 + i)
+        words, noise = here.scenes(len(part))
+        pictures = here.paint(words, noise, part, space.layout)
+        read.append(network(pictures).unflatten(0, (len(part), -1)).mean(1))
+    return torch.cat(read)
 
 
 def _rendered(seed: int) -> Pictures:

@@ -34,10 +34,11 @@ class Round:
     expression: float = EXPRESSION  # how strongly the pictures smile and frown
 
 
-# The first round learns what a face is, the second one its details.
+# The first round learns what a face is, the others its details.
 ROUNDS = (
     Round(steps=3_000, batch=64, learning_rate=1e-3, time_power=1.0, expression=1.0),
     Round(steps=3_600, batch=48, learning_rate=8e-4, time_power=1.5),
+    Round(steps=7_200, batch=48, learning_rate=8e-4, time_power=1.5),
 )
 
 

@@ -2,7 +2,7 @@
 
 Few people have a LoRA, pictures of people are plenty. So the network learns to read what is known of the people in
 pictures (their labels: traits, or any pretrained embedding), and a ridge regression on the few maps labels to latents.
-Both are linear at the end and fold into one layer.
+Pictures painted with latents of the space then correct that map. All is linear at the end and folds into one layer.
 """
 
 from __future__ import annotations
@@ -85,20 +85,67 @@ def train_reader(
     return network.requires_grad_(False).eval()
 
 
+@dataclass(frozen=True, eq=False)
+class LabelMap:
+    """An affine map from labels [n, L] to latents [n, d]."""
+
+    weights: Tensor  # [L, d]
+    bias: Tensor  # [d]
+
+    def __call__(self, labels: Tensor) -> Tensor:
+        return labels @ self.weights + self.bias
+
+    @classmethod
+    def fit(cls, labels: Tensor, z: Tensor, *, penalty: float) -> LabelMap:
+        """By ridge regression on labels [N, L] and latents [N, d] of people."""
+        if len(labels) != len(z) or len(z) < 2:
+            raise DataError(f"Labels and latents go by person. Got {len(labels)} and {len(z)}.")
+        middle, weights, mean = ridge_regression(labels, z, penalty)
+        return cls(weights, mean - middle @ weights)
+
+    def calibrated(self, z: Tensor, read: Tensor, *, damping: float = 0.03) -> LabelMap:
+        """Corrected by what is painted: latents z [n, d] and the labels [n, L] read in pictures painted with them.
+
+        A regression on weights answers too close to the mean, and knows nothing of how strongly a latent shows in a
+        picture. A linear fit read = z @ M + c does, and each answer moves by the shortest step after which it is
+        expected to show the labels asked for. `damping` (in mean eigenvalues of M^T M) keeps labels that hardly show
+        in any painting from claiming long steps.
+        """
+        if len(z) != len(read) or (z.shape[1], read.shape[1]) != self.weights.T.shape:
+            raise DataError(
+                f"Paintings come with latents [n, {len(self.bias)}] and labels [n, {len(self.weights)}]. Got "
+                f"{list(z.shape)} and {list(read.shape)}."
+            )
+        if len(z) <= z.shape[1]:
+            raise DataError(
+                f"Calibration fits {z.shape[1]} latents and needs more paintings than that, several times as many if "
+                f"possible. Got {len(z)}."
+            )
+        shown = LabelMap.fit(z, read, penalty=1e-3)  # latents to labels
+        gram = shown.weights.T @ shown.weights  # [L, L]
+        gram = gram + damping * gram.diagonal().mean() * torch.eye(len(gram))
+        step = torch.linalg.solve(gram, shown.weights.T)  # [L, d]
+        missing = torch.eye(len(self.weights)) - self.weights @ shown.weights
+        return LabelMap(
+            self.weights + missing @ step,
+            self.bias - shown(self.bias) @ step,
+        )
+
+
 def start_from_reader(
-    reader: StartNetwork, labels: Tensor, z: Tensor, *, penalty: float = 0.05, scale: float = 1.0
+    reader: StartNetwork, answer: LabelMap, *, scale: float = 1.0
 ) -> StartNetwork:
-    """Labels [N, L] and latents [N, d] of the training people turn a reader of labels into one of latents."""
-    if len(labels) != len(z) or len(z) < 2:
-        raise DataError(f"Labels and latents go by person. Got {len(labels)} and {len(z)}.")
-    middle, weights, mean = ridge_regression(labels, z, penalty)  # [L], [L, d], [d]
-    sizes = {**reader.config, "latent_size": z.shape[1], "rank": labels.shape[1]}
-    network = build_start(sizes)
+    """A reader of labels and a map from labels to latents make one network; both are linear where they meet.
+
+    Labels are in deviations, so that the weights are what a latent moves by when a person differs by one.
+    """
+    weights = answer.weights  # [L, d]
+    network = build_start({**reader.config, "latent_size": weights.shape[1], "rank": len(weights)})
     own = ("head", "spread", "scale")
     parts = {n: t for n, t in reader.state_dict().items() if not n.startswith(own)}
     parts["head.weight"] = weights.T @ reader.head.weight  # [d, F]
-    parts["head.bias"] = (reader.head.bias - middle) @ weights + mean
-    parts["spread"] = labels.std(0)[:, None] * weights  # [L, d]
+    parts["head.bias"] = answer(reader.head.bias)
+    parts["spread"] = weights
     parts["scale"] = torch.tensor(float(scale))
     network.load_state_dict(parts)
     return network.requires_grad_(False).eval()

@@ -4,6 +4,9 @@ The table is a CSV file. Its columns `picture` (a path, relative to the table) a
 the same person, by name or stem; may be empty) come first; all others are labels: traits, or any embedding of the
 face. A picture without a person needs labels. Without label columns the network learns the latents themselves, from
 the people who have a LoRA.
+
+Pictures painted with identities of the space (`--painted`, columns `picture`, `identity`, `index`) correct the answers
+by how strongly latents show; without them, `--scale` can lengthen answers by hand.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ from __future__ import annotations
 import argparse
 import csv
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,12 +24,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import ConfigError, DataError, FormatError
+from ..identity import load_identity, require_same_space
 from ..metrics import pooled_r2
 from ..pictures import open_picture, pixels
+from ..space import Space
 from ..spacefile import load_space, save_space
+from ..start import StartNetwork
 from .dataset import VectorDataset, load_dataset
 from .directions import encode_rows
 from .fit_start import (
+    LabelMap,
     StartTraining,
     picture_bank,
     start_from_reader,
@@ -35,6 +42,7 @@ from .fit_start import (
 )
 
 COLUMNS = ["picture", "person"]
+PAINTED = ["picture", "identity", "index"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,11 +54,24 @@ class PictureTable:
     labels: Tensor | None  # [n, L]
 
 
+@dataclass(frozen=True, eq=False)
+class Paintings:
+    """n pictures, and the latent that each was painted with."""
+
+    pictures: tuple[Path, ...]
+    z: Tensor  # [n, d]
+
+
 def register(verbs: Any) -> None:
     p = verbs.add_parser("fit-start", help="train the network that starts inversions in a space")
     p.add_argument("space", metavar="SPACE")
     p.add_argument("table", metavar="CSV", help="columns picture, person, and labels if there are")
     p.add_argument("--data", required=True, help="the data set of the LoRAs that the space is from")
+    p.add_argument(
+        "--painted",
+        metavar="CSV",
+        help="columns picture, identity, index: pictures painted with the index-th identity of a file",
+    )
     p.add_argument("--steps", type=int, default=StartTraining.steps)
     p.add_argument("--size", type=int, default=64, help="pictures are scaled to this (default 64)")
     p.add_argument("--width", type=int, default=StartTraining.width, help="channels")
@@ -68,33 +89,34 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         raise ConfigError(f"--scale is positive. Got {args.scale:g}.")
     space, dataset = load_space(args.space), load_dataset(args.data)
     table = read_table(Path(args.table), dataset)
+    painted = read_painted(Path(args.painted), space) if args.painted else None
     z = encode_rows(space, dataset)  # [N, d]
-    known = torch.nonzero(~dataset.heldout).flatten()  # [n'] rows that may be learned from
-    labels, of_row = _labels(table, z, len(dataset))
-    seen = (table.row < 0) | torch.isin(table.row, known)
-    with_lora = known[torch.isin(known, table.row)]
+    known = ~dataset.heldout  # [N]
+    labels, of_row = _labels(table, z)
+    seen = (table.row < 0) | known[table.row]
+    with_lora = torch.nonzero(known & _shown(table, len(z))).flatten()
     if len(with_lora) < 2:
         raise DataError(
             f"{args.table} shows {len(with_lora)} of the people who may be learned from; a start network needs more, "
             "hundreds if possible."
         )
-    middle, spread = labels[seen].mean(0), labels[seen].std(0)
-    if not bool((spread > 1e-9).all()):
+    middle, deviation = labels[seen].mean(0), labels[seen].std(0)
+    if not bool((deviation > 1e-9).all()):
         raise DataError(f"{args.table}: a label is the same for everybody; leave it out.")
-    bank = torch.cat([to_bank(read_picture(path, config.size)) for path in table.pictures])
+    bank = _bank(table.pictures, config.size)
+    shown = None if painted is None else _bank(painted.pictures, config.size)
     reader = train_reader(
-        picture_bank(bank[seen], (labels[seen] - middle) / spread),
+        picture_bank(bank[seen], (labels[seen] - middle) / deviation),
         labels.shape[1],
         config,
         callback=lambda line: print(line, file=sys.stderr, flush=True),
     )
-    start = start_from_reader(
-        reader,
-        (of_row[with_lora] - middle) / spread,
-        z[with_lora],
-        penalty=config.penalty,
-        scale=args.scale,
+    answer = LabelMap.fit(
+        (of_row[with_lora] - middle) / deviation, z[with_lora], penalty=config.penalty
     )
+    if painted is not None and shown is not None:
+        answer = answer.calibrated(painted.z, _answers(reader, shown))
+    start = start_from_reader(reader, answer, scale=args.scale)
     output = args.output or args.space
     save_space(replace(space, start=start), output)
     report = {
@@ -102,13 +124,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "pictures": len(table.pictures),
         "people_with_lora": len(with_lora),
         "labels": 0 if table.labels is None else labels.shape[1],
+        "paintings": 0 if painted is None else len(painted.pictures),
         "training": asdict(config),
     }
     held = torch.nonzero((table.row >= 0) & ~seen).flatten()
     if len(held):
-        with torch.no_grad():
-            answers = torch.cat([start(bank[part].float() / 127) for part in held.split(256)])
-        truth = z[table.row[held]]
+        answers, truth = _answers(start, bank[held]), z[table.row[held]]
         report["heldout_pictures"] = len(held)
         report["heldout_latent_r2"] = round(pooled_r2(truth, answers, z[known].mean(0)), 4)
         report["heldout_cosine"] = round(float(F.cosine_similarity(truth, answers).mean()), 4)
@@ -117,38 +138,58 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def read_table(path: Path, dataset: VectorDataset) -> PictureTable:
     """Check everything that can be checked before a picture is opened."""
-    with path.open(newline="", encoding="utf-8-sig") as f:
-        lines = [line for line in csv.reader(f) if line]
-    if not lines or lines[0][:2] != COLUMNS or len(lines) < 2:
-        raise FormatError(
-            f"{path} needs a header 'picture,person' (labels after it) and a line for each picture. Got "
-            f"{','.join(lines[0][:4]) if lines else 'an empty file'!r}."
-        )
-    width = len(lines[0])
     number = _row_numbers(dataset)
     pictures, rows, values = [], [], []
+    for where, picture, (person, *labels) in _lines(path, COLUMNS):
+        if person and person not in number:
+            raise DataError(
+                f"{where}: the data set has no LoRA {person!r}. Leave the person empty if there is none."
+            )
+        if not person and not labels:
+            raise DataError(f"{where}: a picture without a person needs labels.")
+        try:
+            values.append([float(v) for v in labels])
+        except ValueError as e:
+            raise FormatError(f"{where}: the labels are not all numbers.") from e
+        pictures.append(picture)
+        rows.append(number[person] if person else -1)
+    found = torch.tensor(values)
+    if not bool(torch.isfinite(found).all()):
+        raise DataError(f"{path}: the labels hold NaN or infinite numbers.")
+    return PictureTable(tuple(pictures), torch.tensor(rows), found if found.shape[1] else None)
+
+
+def read_painted(path: Path, space: Space) -> Paintings:
+    """Paintings of identities of the space."""
+    pictures, z, files = [], [], {}
+    for where, picture, (name, index, *_) in _lines(path, PAINTED):
+        if name not in files:
+            files[name] = load_identity(path.parent / name)
+            require_same_space(files[name].space_fingerprint, space.fingerprint, space.name)
+        if not index.isdecimal() or int(index) >= len(files[name]):
+            raise DataError(f"{where}: {name} holds {len(files[name])} identities. Got {index!r}.")
+        pictures.append(picture)
+        z.append(files[name].z[int(index)])
+    return Paintings(tuple(pictures), torch.stack(z))
+
+
+def _lines(path: Path, columns: list[str]) -> Iterator[tuple[str, Path, list[str]]]:
+    """(where, picture, other fields) of each line of a table whose header starts with these columns."""
+    with path.open(newline="", encoding="utf-8-sig") as f:
+        lines = [line for line in csv.reader(f) if line]
+    if len(lines) < 2 or lines[0][: len(columns)] != columns:
+        got = ",".join(lines[0][: len(columns) + 1]) if lines else "an empty file"
+        raise FormatError(
+            f"{path} needs a header that starts with '{','.join(columns)}' and a line for each picture. Got {got!r}."
+        )
     for i, line in enumerate(lines[1:], 2):
-        if len(line) != width:
-            raise FormatError(f"{path}, line {i}: {len(line)} fields, the header has {width}.")
+        where = f"{path}, line {i}"
+        if len(line) != len(lines[0]):
+            raise FormatError(f"{where}: {len(line)} fields, the header has {len(lines[0])}.")
         picture = path.parent / line[0]
         if not picture.is_file():
-            raise DataError(f"{path}, line {i}: there is no picture {line[0]!r}.")
-        if line[1] and line[1] not in number:
-            raise DataError(
-                f"{path}, line {i}: the data set has no LoRA {line[1]!r}. Leave the person empty if there is none."
-            )
-        if not line[1] and width == 2:
-            raise DataError(f"{path}, line {i}: a picture without a person needs labels.")
-        try:
-            values.append([float(v) for v in line[2:]])
-        except ValueError as e:
-            raise FormatError(f"{path}, line {i}: the labels are not all numbers.") from e
-        pictures.append(picture)
-        rows.append(number[line[1]] if line[1] else -1)
-    labels = torch.tensor(values) if width > 2 else None
-    if labels is not None and not bool(torch.isfinite(labels).all()):
-        raise DataError(f"{path}: the labels hold NaN or infinite numbers.")
-    return PictureTable(tuple(pictures), torch.tensor(rows), labels)
+            raise DataError(f"{where}: there is no picture {line[0]!r}.")
+        yield where, picture, line[1:]
 
 
 def read_picture(path: Path, size: int) -> Tensor:
@@ -160,15 +201,29 @@ def read_picture(path: Path, size: int) -> Tensor:
     return pixels(square)
 
 
-def _labels(table: PictureTable, z: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def _bank(pictures: Sequence[Path], size: int) -> Tensor:
+    return torch.cat([to_bank(read_picture(path, size)) for path in pictures])
+
+
+@torch.no_grad()
+def _answers(network: StartNetwork, bank: Tensor) -> Tensor:
+    return torch.cat([network(part.float() / 127) for part in bank.split(256)])
+
+
+def _labels(table: PictureTable, z: Tensor) -> tuple[Tensor, Tensor]:
     """Labels of every picture [n, L], and of every row of the data set [N, L] as its pictures have them on average."""
     if table.labels is None:
         return z[table.row], z
     known = table.row >= 0
     rows, labels = table.row[known], table.labels[known]
-    sums = torch.zeros(count, labels.shape[1]).index_add_(0, rows, labels)
-    times = torch.bincount(rows, minlength=count)[:, None].clamp_min(1)
+    sums = torch.zeros(len(z), labels.shape[1]).index_add_(0, rows, labels)
+    times = torch.bincount(rows, minlength=len(z))[:, None].clamp_min(1)
     return table.labels, sums / times
+
+
+def _shown(table: PictureTable, count: int) -> Tensor:
+    """Which rows of the data set [N] have a picture."""
+    return torch.bincount(table.row[table.row >= 0], minlength=count) > 0
 
 
 def _row_numbers(dataset: VectorDataset) -> Mapping[str, int]:
