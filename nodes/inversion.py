@@ -249,9 +249,18 @@ class _Task:
                     steps=recipe.steps,
                     start=start,
                     pivotal=recipe.pivotal,
+                    keep=recipe.keep,
                     seed=self.seed,
                     callback=watch,
                 )
+
+
+def _course(history: list[float], recipe: inversion.Recipe) -> str:
+    if not recipe.objective.get("fresh"):
+        return f"Loss {history[0]:.5g} to {min(history):.5g}"
+    third = max(1, len(history) // 3)
+    first, last = (sum(part) / third for part in (history[:third], history[-third:]))
+    return f"Loss about {first:.5g} to {last:.5g}, under other noise in every step"
 
 
 def _on_cpu(identity: w2wpp.Identity) -> w2wpp.Identity:
@@ -313,7 +322,7 @@ class _Watcher:
             f"{count} {'picture' if count == 1 else 'pictures'}, latents {width} x {height}"
             + (", masked" if task.mask is not None else ""),
             f"{task.recipe}",
-            f"Loss {history[0]:.5g} to {min(history):.5g}; {solution.stop_reason}",
+            f"{_course(history, task.recipe)}; {solution.stop_reason}",
             f"{solution.evaluations} evaluations of the UNet in {seconds:.1f} s, {self._denoise.plan}",
             f"Distance from the average person {float(solution.identity.z.square().mean()) ** 0.5:.2f} "
             "(people of the space: about 1)",

@@ -114,6 +114,17 @@ def test_fresh_draws_are_compared_by_draws_kept_aside_and_counted():
     assert invert(objective, Adam(), steps=5, keep="last").evaluations == 5 * 4
 
 
+def test_who_keeps_the_last_point_is_shown_the_latest():
+    """Losses under other noise in every step do not compare: the luckiest step's point is not the best."""
+    objective, _ = problem(fresh=True)
+    shown = []
+    solution = invert(
+        objective, Adam(lr=0.5), steps=6, keep="last", callback=lambda p: shown.append(p.best.z)
+    )
+    assert torch.equal(shown[-1], solution.identity.z)
+    assert len({tuple(z.flatten().tolist()) for z in shown}) == 6
+
+
 def test_patience_ends_a_stage():
     objective, _ = problem()
     start = Identity(TARGET, objective.space.fingerprint)

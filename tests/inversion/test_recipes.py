@@ -23,7 +23,7 @@ def test_every_number_can_be_set(recipes, method):
     found = getattr(after.optimiser, rate(after.optimiser))
     assert (found.lr if method == "hybrid" else found) == 0.7
     assert after.steps == 20 and after.pivotal.steps == 5
-    assert after.objective == {"draws": 3, "prior": 0.5}
+    assert after.objective == {**before.objective, "draws": 3, "prior": 0.5}
     assert "20 steps of 3" in str(after) and "pivotal 0.25" in str(after)
 
 

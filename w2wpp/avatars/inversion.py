@@ -73,7 +73,7 @@ def invert_pictures(
         start=start,
         pivotal=recipe.pivotal,
         seed=seed,
-        **{**recipe.options, **options},
+        **{"keep": recipe.keep, **options},
     )
 
 

@@ -37,7 +37,6 @@ from .studio import Studio, open_studio
 TUNING = 40  # held-out people that recipes may be chosen on; none of them is scored
 GROUP = 50  # people that are inverted side by side
 PAPER = {"draws": 1, "fresh": True, "stratified": False, "weighting": "eps"}
-LAST = {"keep": "last", "compare": 0}
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class Row:
 
 def rows() -> dict[str, Row]:
     """In the order of their importance, so that an interrupted run holds what matters."""
-    paper = Recipe(Adam(lr=0.1, betas=(0.9, 0.999), anneal=False), 400, PAPER, None, "mean", LAST)
+    paper = Recipe(Adam(lr=0.1, betas=(0.9, 0.999), anneal=False), 400, PAPER, None, "mean", "last")
     best = NEAR["adam"]
     found = {
         "own_lora": Row("own LoRA, 32 pictures", "reference"),
@@ -61,13 +60,13 @@ def rows() -> dict[str, Row]:
         "seed_cma": Row(
             "seed VAE, CMA-ES 10 x 50, fresh noise",
             "seed VAE",
-            Recipe(Cma(population=10, mode="full", sigma=0.5), 50, PAPER, None, "mean", LAST),
+            Recipe(Cma(population=10, mode="full", sigma=0.5), 50, PAPER, None, "mean", "last"),
             "seed",
         ),
         "weights_free": Row(
             "weights, no space, Adam",
             "weights",
-            Recipe(Adam(lr=0.1), 25, {"draws": 8}, None, "mean", LAST),
+            Recipe(Adam(lr=0.1), 25, {"draws": 8}, None, "mean", "last"),
         ),
         "single_dreambooth": Row("DreamBooth on the one picture", "weights"),
         "cma": Row("VAE, amortised start, CMA-ES", "VAE, CMA-ES", NEAR["cma"], "avatars"),
@@ -81,11 +80,11 @@ def rows() -> dict[str, Row]:
         "mean_adam": Row(
             "VAE, from the mean, Adam",
             "VAE from the mean",
-            Recipe(Adam(lr=0.1), 10, {"draws": 8}, None, "mean", LAST),
+            Recipe(Adam(lr=0.1), 10, {"draws": 8}, None, "mean", "last"),
             "avatars",
         ),
     }
-    ours = Recipe(Adam(lr=0.1), 10, {"draws": 8}, None, "mean", LAST)
+    ours = Recipe(Adam(lr=0.1), 10, {"draws": 8}, None, "mean", "last")
     for size in (16, 64, 256):
         found[f"pca_{size}"] = Row(f"PCA {size}, from the mean, Adam", "PCA", ours, f"pca-{size}")
     found["pca_start"] = Row("PCA 64, amortised start, Adam", "PCA", best, "avatars-pca")

@@ -281,7 +281,8 @@ class _Inversion:
             return False
 
     def _best_identity(self, stage: int, run: Run) -> Identity:
-        point = run.result() if self.best_point is None else self.best_point
+        best = None if self.keep == "last" else self.best_point
+        point = run.result() if best is None else best
         z, residual = self._place(stage, point)
         return Identity(z, self.objective.space.fingerprint, residual, {"made_by": "invert"})
 

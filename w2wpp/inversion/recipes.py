@@ -25,7 +25,7 @@ class Recipe:
     objective: dict[str, Any] = field(default_factory=lambda: {"draws": 8})  # keywords of Objective
     pivotal: Pivotal | None = None
     start: str = "amortised"  # or "mean"
-    options: dict[str, Any] = field(default_factory=dict)  # further keywords of invert
+    keep: str = "best"  # what invert returns; with fresh noise in every step "last" needs no comparisons
 
     def adjusted(
         self,
@@ -59,9 +59,14 @@ class Recipe:
 
 
 NEAR = {
-    "adam": Recipe(Adam(lr=0.01), 6, {"draws": 8}),
+    "adam": Recipe(Adam(lr=0.02), 12, {"draws": 8, "fresh": True}, keep="last"),
     "cma": Recipe(Cma(population=8, sigma=0.05), 8, {"draws": 4}),
-    "hybrid": Recipe(Hybrid(spread=0.05, scales=(0.9, 1.1), adam=Adam(lr=0.01)), 6, {"draws": 8}),
+    "hybrid": Recipe(
+        Hybrid(spread=0.05, scales=(0.9, 1.1), adam=Adam(lr=0.02)),
+        12,
+        {"draws": 8, "fresh": True},
+        keep="last",
+    ),
 }
 _HELD = {"draws": 8, "prior": 1e-4}
 FAR = {
