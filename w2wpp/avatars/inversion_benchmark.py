@@ -55,7 +55,7 @@ def rows() -> dict[str, Row]:
         "own_lora": Row("own LoRA, 32 pictures", "reference"),
         "w2wpp": Row("VAE, amortised start, Adam (default)", "VAE", best, "avatars"),
         "start": Row("VAE, amortised start alone", "VAE", replace(best, steps=0), "avatars"),
-        "pca_adam": Row("PCA 64, Adam as in w2w", "PCA", paper, "avatars-pca"),
+        "pca_adam": Row("PCA 128, Adam as in w2w", "PCA", paper, "avatars-pca"),
         "seed_adam": Row("seed VAE, Adam", "seed VAE", paper, "seed"),
         "seed_cma": Row(
             "seed VAE, CMA-ES 10 x 50, fresh noise",
@@ -66,7 +66,7 @@ def rows() -> dict[str, Row]:
         "weights_free": Row(
             "weights, no space, Adam",
             "weights",
-            Recipe(Adam(lr=0.1), 25, {"draws": 8}, None, "mean", "last"),
+            Recipe(Adam(lr=0.1), 50, {"draws": 8}, None, "mean", "last"),
         ),
         "single_dreambooth": Row("DreamBooth on the one picture", "weights"),
         "cma": Row("VAE, amortised start, CMA-ES", "VAE, CMA-ES", NEAR["cma"], "avatars"),
@@ -87,7 +87,7 @@ def rows() -> dict[str, Row]:
     ours = Recipe(Adam(lr=0.1), 10, {"draws": 8}, None, "mean", "last")
     for size in (16, 64, 256):
         found[f"pca_{size}"] = Row(f"PCA {size}, from the mean, Adam", "PCA", ours, f"pca-{size}")
-    found["pca_start"] = Row("PCA 64, amortised start, Adam", "PCA", best, "avatars-pca")
+    found["pca_start"] = Row("PCA 128, amortised start, Adam", "PCA", best, "avatars-pca")
     return found
 
 
@@ -268,7 +268,7 @@ def one_picture_dreambooth(
     studio: Studio, dataset: Any, material: Material, people: Tensor
 ) -> tuple[Tensor, int]:
     """The training of the world's own LoRAs, with one picture in place of 32: vectors [N, P] and evaluations."""
-    config, layout = DreamBooth(steps=44), dataset.layout
+    config, layout = DreamBooth(), dataset.layout
     mean = _statistics(material)[0]
     start = measure_start(studio.base, layout, LoraSet().pilots()[:8], mean, config, batches=4)
     pictures = portraits(dataset.labels[people], people)

@@ -20,6 +20,7 @@ from ..training.fit_start import (
     Pictures,
     StartTraining,
     picture_bank,
+    shrinkage,
     start_from_reader,
     to_bank,
     train_reader,
@@ -55,7 +56,8 @@ def add_start(path: Path, network: StartNetwork, dataset: VectorDataset, studio:
     painted = paintings(answer, PAINTINGS)
     with torch.no_grad():
         read = _read(space, painted, network, studio)
-    start = start_from_reader(network, answer.calibrated(painted, read))
+    answer = answer.calibrated(painted, read).stretched(_shrinkage(network))
+    start = start_from_reader(network, answer)
     save_space(replace(space, start=start), path)
     return path
 
@@ -82,6 +84,15 @@ def _read(space: Space, z: Tensor, network: StartNetwork, studio: Studio) -> Ten
         pictures = here.paint(words, noise, part, space.layout)
         read.append(network(pictures).unflatten(0, (len(part), -1)).mean(1))
     return torch.cat(read)
+
+
+def _shrinkage(network: StartNetwork, *, people: int = 4_000, seed: int = 13) -> float:
+    """Of what the network reads in rendered pictures of people who are new to it."""
+    generator = torch.Generator().manual_seed(seed)
+    who = sample_identities(people, generator=generator)
+    pictures = render(who, sample_nuisance(people, generator=generator))
+    with torch.no_grad():
+        return shrinkage(who, torch.cat([network(part) for part in pictures.split(256)]))
 
 
 def _rendered(seed: int) -> Pictures:

@@ -103,7 +103,7 @@ class LabelMap:
         middle, weights, mean = ridge_regression(labels, z, penalty)
         return cls(weights, mean - middle @ weights)
 
-    def calibrated(self, z: Tensor, read: Tensor, *, damping: float = 0.03) -> LabelMap:
+    def calibrated(self, z: Tensor, read: Tensor, *, damping: float = 0.1) -> LabelMap:
         """Corrected by what is painted: latents z [n, d] and the labels [n, L] read in pictures painted with them.
 
         A regression on weights answers too close to the mean, and knows nothing of how strongly a latent shows in a
@@ -130,6 +130,15 @@ class LabelMap:
             self.weights + missing @ step,
             self.bias - shown(self.bias) @ step,
         )
+
+    def stretched(self, shrinkage: float) -> LabelMap:
+        """For labels of which a reader gives this share: what is hard to read is answered closer to the mean."""
+        return LabelMap(self.weights / shrinkage, self.bias)
+
+
+def shrinkage(truth: Tensor, read: Tensor) -> float:
+    """Slope of what was read on the truth, both [n, L] with the mean person at zero; 1 for a perfect reader."""
+    return float((truth * read).sum() / truth.square().sum())
 
 
 def start_from_reader(

@@ -36,12 +36,14 @@ from .fit_start import (
     LabelMap,
     StartTraining,
     picture_bank,
+    shrinkage,
     start_from_reader,
     to_bank,
     train_reader,
 )
 
 COLUMNS = ["picture", "person"]
+LEAST_READ = 0.3  # slope below which a reader is too poor for its answers to be stretched
 PAINTED = ["picture", "identity", "index"]
 
 
@@ -116,6 +118,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     )
     if painted is not None and shown is not None:
         answer = answer.calibrated(painted.z, _answers(reader, shown))
+    held = torch.nonzero((table.row >= 0) & ~seen).flatten()
+    truth = (labels[held] - middle) / deviation
+    share = shrinkage(truth, _answers(reader, bank[held])) if len(held) else 1.0
+    if share > LEAST_READ:
+        answer = answer.stretched(share)
     start = start_from_reader(reader, answer, scale=args.scale)
     output = args.output or args.space
     save_space(replace(space, start=start), output)
@@ -127,8 +134,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "paintings": 0 if painted is None else len(painted.pictures),
         "training": asdict(config),
     }
-    held = torch.nonzero((table.row >= 0) & ~seen).flatten()
     if len(held):
+        report["reader_slope"] = round(share, 4)
         answers, truth = _answers(start, bank[held]), z[table.row[held]]
         report["heldout_pictures"] = len(held)
         report["heldout_latent_r2"] = round(pooled_r2(truth, answers, z[known].mean(0)), 4)
