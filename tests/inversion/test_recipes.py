@@ -1,5 +1,7 @@
 """Recipes: every method has one for both kinds of start, and every number of it can be set."""
 
+from dataclasses import replace
+
 import pytest
 
 from w2wpp.inversion import FAR, NEAR, Pivotal
@@ -34,6 +36,6 @@ def test_nothing_set_changes_nothing(recipes, method):
 
 
 def test_a_pivotal_stage_keeps_its_share_when_steps_change():
-    recipe = FAR["adam"]
+    recipe = replace(FAR["adam"], steps=50, pivotal=Pivotal(steps=10))
     assert recipe.adjusted(steps=100).pivotal == Pivotal(steps=20)
     assert recipe.adjusted(pivotal=0.0).pivotal is None

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, DataError
-from ..inversion import NEAR, Adam, Cma, Objective, Pivotal, Recipe
+from ..inversion import FAR, NEAR, Adam, Cma, Objective, Pivotal, Recipe
 from ..metrics import estimate, id_scores, pose_diversity
 from ..spacefile import load_space
 from ..training.dataset import load_dataset
@@ -77,16 +77,10 @@ def rows() -> dict[str, Row]:
             replace(best, pivotal=Pivotal(steps=4, lr=0.02)),
             "avatars",
         ),
-        "mean_adam": Row(
-            "VAE, from the mean, Adam",
-            "VAE from the mean",
-            Recipe(Adam(lr=0.1), 10, {"draws": 8}, None, "mean", "last"),
-            "avatars",
-        ),
+        "mean_adam": Row("VAE, from the mean, Adam", "VAE from the mean", FAR["adam"], "avatars"),
     }
-    ours = Recipe(Adam(lr=0.1), 10, {"draws": 8}, None, "mean", "last")
     for size in (16, 64, 256):
-        found[f"pca_{size}"] = Row(f"PCA {size}, from the mean, Adam", "PCA", ours, f"pca-{size}")
+        found[f"pca_{size}"] = Row(f"PCA {size}, Adam as in w2w", "PCA", paper, f"pca-{size}")
     found["pca_start"] = Row("PCA 128, amortised start, Adam", "PCA", best, "avatars-pca")
     return found
 
