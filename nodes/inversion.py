@@ -1,6 +1,7 @@
 """From pictures of a person to a point in a space."""
 
 import contextlib
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from . import differentiable, host
 from .curve import draw_curve
 from .types import IdentitySocket, People, SpaceSocket, advanced, schema
 
+PREVIEWS = 8  # in a run, unless somebody says how often
 PREVIEW_STEPS = 8  # of DDIM: enough to know the face by
 
 
@@ -63,8 +65,7 @@ class InvertFromImage(io.ComfyNode):
                     default=0,
                     min=0,
                     max=10000,
-                    tooltip="How many steps to take at most; it stops earlier when nothing improves. 0 takes the "
-                    "method's own number.",
+                    tooltip="How many steps to take. 0 takes the method's own number.",
                 ),
                 io.Int.Input(
                     "seed",
@@ -139,11 +140,11 @@ class InvertFromImage(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "preview_every",
-                    default=10,
-                    min=0,
+                    default=-1,
+                    min=-1,
                     max=10000,
                     tooltip="After how many steps the person found so far is painted on the node, if previews are on "
-                    "in the host's settings. 0 is never.",
+                    "in the host's settings. 0 is never, and -1 is eight times in all.",
                     **advanced(),
                 ),
             ],
@@ -152,7 +153,9 @@ class InvertFromImage(io.ComfyNode):
                     display_name="identity", tooltip="The person, together with their space."
                 ),
                 io.Image.Output(
-                    display_name="curve", tooltip="The loss at every step, and the best so far."
+                    display_name="curve",
+                    tooltip="The loss at every step, and the best so far; their running mean where every step has "
+                    "other noise.",
                 ),
                 io.String.Output(
                     display_name="report",
@@ -198,7 +201,9 @@ class InvertFromImage(io.ComfyNode):
             watch = _Watcher(task, host.Watch(model, cls.hidden.unique_id), preview_every)
             solution = task.solve(begin, watch)
         report = watch.report(solution)
-        curve = draw_curve(solution.history, f"{method}, {len(solution.history)} steps")
+        title = f"{method}, {len(solution.history)} steps"
+        comparable = not recipe.objective.get("fresh")
+        curve = draw_curve(solution.history, title, comparable=comparable)
         return io.NodeOutput(People(solution.identity, space), curve, report)
 
 
@@ -260,7 +265,7 @@ def _course(history: list[float], recipe: inversion.Recipe) -> str:
         return f"Loss {history[0]:.5g} to {min(history):.5g}"
     third = max(1, len(history) // 3)
     first, last = (sum(part) / third for part in (history[:third], history[-third:]))
-    return f"Loss about {first:.5g} to {last:.5g}, under other noise in every step"
+    return f"Loss {first:.5g} to {last:.5g} (first and last third of the steps, each under other noise)"
 
 
 def _on_cpu(identity: w2wpp.Identity) -> w2wpp.Identity:
@@ -274,7 +279,8 @@ class _Watcher:
 
     def __init__(self, task: _Task, watch: host.Watch, preview_every: int) -> None:
         self._task, self._watch = task, watch
-        self._every = preview_every if watch.shows_previews else 0
+        every = preview_every if preview_every >= 0 else math.ceil(task.recipe.steps / PREVIEWS)
+        self._every = every if watch.shows_previews else 0
         self._best: w2wpp.Identity | None = None
         self._started = time.monotonic()
 

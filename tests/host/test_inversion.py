@@ -72,12 +72,14 @@ def test_every_method_lowers_the_loss_and_leaves_nothing_behind(
     host: Host, fresh: tuple[dict, np.ndarray], method: str
 ) -> None:
     graph = InversionGraph()
-    inverted = graph.invert(method=method, steps=4, mask=graph.mask)
+    someone = graph.sample(1)  # far from the person of the picture
+    inverted = graph.invert(method=method, steps=24, batch=8, mask=graph.mask, start=someone)
     shown = graph.report(inverted)
     graph.add("SaveImage", images=[inverted, 1], filename_prefix="curve")
     result = host.run(graph.nodes)
     (report,) = result.outputs[shown]["text"]
-    first, last = (float(word) for word in report.split("Loss ")[1].split(";")[0].split(" to "))
+    words = report.split("Loss ")[1].replace(";", " ").split()
+    first, last = float(words[0]), float(words[2])
     assert last < first
     kind = "forward passes" if method == "cma" else "gradients without checkpointing"
     assert f"{kind} on cpu in float32" in report
@@ -268,8 +270,8 @@ def test_a_lora_on_the_model_takes_part(host: Host, sd15_space: None) -> None:
             )
             small = {"method": method, "learning_rate": 1e-4}
             losses[method, strength] = graph.loss(host, model=[applied, 0], **small)
-    assert abs(losses["adam", 1.0] - losses["adam", 0.0]) > 1e-3
-    assert losses["cma", 1.0] == pytest.approx(losses["adam", 1.0], rel=1e-3)
+    for method in ("adam", "cma"):
+        assert abs(losses[method, 1.0] - losses[method, 0.0]) > 1e-3
 
 
 def test_inpainting_models_and_other_families_are_refused(host: Host, sd15_space: None) -> None:
