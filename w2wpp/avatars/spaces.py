@@ -33,9 +33,12 @@ DEFAULT, LINEAR = "skip-128", "pca-128"
 def train_spaces(
     dataset: VectorDataset, folder: Path, *, callback: Callable[[str], None] = lambda line: None
 ) -> list[Path]:
-    """Fit every space on the training people and write it to ``folder``; what exists is kept."""
+    """Fit every space on the training people and write it to ``folder``; what exists is kept.
+
+    Fewer people than components leave out the spaces that are too large for them.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    basis = fit_basis(dataset, COMPONENTS)
+    basis = fit_basis(dataset, components_of(dataset))
     coefficients = project_dataset(dataset, basis)
     # One range for all parameters, as in the seed: its weights stay below 0.1, and it reads w * 10.
     largest = max(float(w.abs().max()) for _, w in dataset.chunks(dataset.training_rows))
@@ -50,7 +53,8 @@ def train_spaces(
         return fit_vae(dataset, raw, seed_training(epochs=40), provenance=about)
 
     written = []
-    for name in (*PCA_SIZES, *VAES, "seed"):
+    sizes = {**PCA_SIZES, **{name: settings.latent for name, settings in VAES.items()}}
+    for name in (*(n for n, size in sizes.items() if size <= basis.rank), "seed"):
         path = folder / f"{name}.safetensors"
         if not path.exists():
             space = fit(name)
@@ -58,6 +62,10 @@ def train_spaces(
             callback(f"spaces: {name} written, weight R2 {space.training_report['weight_r2']}")
         written.append(path)
     return written
+
+
+def components_of(dataset: VectorDataset) -> int:
+    return min(COMPONENTS, len(dataset.training_rows) - 1)
 
 
 def ship(dataset: VectorDataset, folder: Path, models: Path) -> list[Path]:

@@ -89,8 +89,7 @@ def run_loras(args: Namespace) -> dict[str, Any]:
 
 def run_gate(args: Namespace) -> dict[str, Any]:
     dataset = _dataset(args)
-    components = min(spaces.COMPONENTS, len(dataset.training_rows) - 1)
-    result = judge_world(_studio(), dataset, components=components)
+    result = judge_world(_studio(), dataset, components=spaces.components_of(dataset))
     result["hardware"] = _hardware()
     _write_json(args.output, result)
     args.output.with_suffix(".md").write_text(gate_table(result) + "\n", encoding="utf-8")
