@@ -50,7 +50,7 @@ class Recipe:
 
     def __str__(self) -> str:
         return (
-            f"at most {self.steps} steps of {self.objective['draws']} noised pictures, {self.optimiser}, prior "
+            f"{self.steps} steps of {self.objective['draws']} noised pictures, {self.optimiser}, prior "
             f"{self.objective.get('prior', 0.0):g}, pivotal {self.pivotal_share:g}"
         )
 
