@@ -10,7 +10,8 @@ processor time, which other programs on the machine disturb least:
 - ours: noise, latent to LoRA, forward, loss, backward to the latent, Adam; as W2W++ Invert from Image does it.
 - bare: forward and backward of the same UNet with every A and B as a leaf, no space, no optimiser.
 - w2w: as in the published code, every layer projects its slice of all components at every step.
-- population: N latents decoded and denoised in one batch, against one batch of the bare UNet without any LoRA.
+- population: N latents decoded and denoised in one batch, each under some draws of noise, against one batch of the
+  bare UNet without any LoRA.
 
 Memory is the peak of resident memory during one step, beyond what the process held before it.
 """
@@ -85,11 +86,11 @@ def batch(family: str, rows: int, size: int) -> tuple[torch.Tensor, torch.Tensor
 class Bench:
     """The three ways of one gradient step, and the two of a population, on one model."""
 
-    def __init__(self, family: str, rows: int, size: int, population: int) -> None:
+    def __init__(self, family: str, rows: int, size: int, population: int, draws: int = 1) -> None:
         self.model, self.prompt, self.space = open_model(family)
         self.family, self.layout = family, self.space.layout
         self.noisy, self.times, self.target = batch(family, rows, size)
-        self.crowd = batch(family, population, size)
+        self.crowd = batch(family, population * draws, size)
         generator = torch.Generator().manual_seed(1)
         self.z = (0.5 * torch.randn(1, self.space.latent_size, generator=generator)).requires_grad_(
             True
@@ -266,8 +267,10 @@ def ratios(seconds: dict[str, list[float]], way: str) -> dict[str, float]:
     return {"median": statistics.median(each), "low": each[0], "high": each[-1]}
 
 
-def measure(family: str, rows: int, size: int, population: int, rounds: int) -> dict[str, Any]:
-    bench = Bench(family, rows, size, population)
+def measure(
+    family: str, rows: int, size: int, population: int, draws: int, rounds: int
+) -> dict[str, Any]:
+    bench = Bench(family, rows, size, population, draws)
     steps, crowd = bench.gradient_steps(rounds), bench.populations(rounds)
     return {
         "rows": rows,
@@ -277,6 +280,7 @@ def measure(family: str, rows: int, size: int, population: int, rounds: int) -> 
         "step_over_bare": ratios(steps, "ours"),
         "w2w_over_bare": ratios(steps, "w2w"),
         "population": population,
+        "draws": draws,
         "population_seconds": {way: statistics.median(s) for way, s in crowd.items()},
         "population_over_bare": ratios(crowd, "ours"),
     }
@@ -321,8 +325,8 @@ def table(result: dict[str, Any]) -> str:
         cells = [f"{model[key] / 1e6:.0f}" for model in result["models"].values()]
         lines.append(f"| {label} | {' | '.join(cells)} | |")
     sizes = "; ".join(
-        f"{names[f]}: step {m['rows']} x {m['latent']}x{m['latent']}, population {m['population']}, peak 1 x "
-        f"{m['peak_latent']}x{m['peak_latent']}"
+        f"{names[f]}: step {m['rows']} x {m['latent']}x{m['latent']}, "
+        f"population {m['population']} x {m['draws']}, peak 1 x {m['peak_latent']}x{m['peak_latent']}"
         for f, m in result["models"].items()
     )
     return "\n".join([*lines, "", f"Latents: {sizes}. Median over rounds (lowest to highest)."])
@@ -342,13 +346,13 @@ def main() -> None:
         print(Bench(args.peak, 1, args.size, 1).peak(args.checkpointing))
         return
     models = {}
-    for family, rows, size, population, large in (
-        ("avatar", 8, 32, 16, 32),
-        ("sd15", 1, args.size, 8, 64),
+    # The avatar model's population is that of the node's recipe, four draws of each candidate.
+    for family, rows, size, population, draws, large in (
+        ("avatar", 8, 32, 8, 4, 32),
+        ("sd15", 1, args.size, 8, 1, 64),
     ):
-        models[family] = measure(
-            family, rows, size, population, args.rounds * (4 if family == "avatar" else 1)
-        )
+        rounds = args.rounds * (4 if family == "avatar" else 1)
+        models[family] = measure(family, rows, size, population, draws, rounds)
         print(json.dumps({family: models[family]}), file=sys.stderr, flush=True)
         models[family]["peak"] = peak_elsewhere(family, large, False)
         models[family]["peak_checkpointing"] = peak_elsewhere(family, large, True)
