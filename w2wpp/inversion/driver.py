@@ -129,9 +129,8 @@ class _Inversion:
         self.callback, self.checkpoint = callback, checkpoint
         self.total = steps + (pivotal.steps if pivotal else 0)
         self.aside: Draw | None = None
-        if compare or (
-            objective.fresh and keep == "best"
-        ):  # nothing to compare if the last is kept
+        # There is nothing to compare if the last is kept.
+        if compare or (objective.fresh and keep == "best"):
             self.aside = objective.evaluation(compare or 8)
         self.z, self.residual = self._start(start)
         self.origin = start

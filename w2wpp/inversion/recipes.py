@@ -25,9 +25,7 @@ class Recipe:
     objective: dict[str, Any] = field(default_factory=lambda: {"draws": 8})  # keywords of Objective
     pivotal: Pivotal | None = None
     start: str = "amortised"  # or "mean"
-    keep: str = (
-        "best"  # what invert returns; with fresh noise in every step "last" needs no comparisons
-    )
+    keep: str = "best"  # what invert returns; under fresh noise "last" needs no comparisons
 
     def adjusted(
         self,

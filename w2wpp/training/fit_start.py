@@ -131,9 +131,9 @@ class LabelMap:
             self.bias - shown(self.bias) @ step,
         )
 
-    def stretched(self, shrinkage: float) -> LabelMap:
+    def stretched(self, share: float) -> LabelMap:
         """For labels of which a reader gives this share: what is hard to read is answered closer to the mean."""
-        return LabelMap(self.weights / shrinkage, self.bias)
+        return LabelMap(self.weights / share, self.bias)
 
 
 def shrinkage(truth: Tensor, read: Tensor) -> float:

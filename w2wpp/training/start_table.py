@@ -118,7 +118,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     )
     if painted is not None and shown is not None:
         answer = answer.calibrated(painted.z, _answers(reader, shown))
-    held = torch.nonzero((table.row >= 0) & ~seen).flatten()
+    held = torch.nonzero(~seen).flatten()
     truth = (labels[held] - middle) / deviation
     share = shrinkage(truth, _answers(reader, bank[held])) if len(held) else 1.0
     if share > LEAST_READ:
