@@ -32,5 +32,5 @@ def enter(host: Path) -> None:
 
 
 def part(name: str) -> ModuleType:
-    """A module of the pack, such as ``nodes.differentiable``."""
+    """A module of the pack, such as ``nodes.host.plan``."""
     return importlib.import_module(f"{PACK}.{name}")

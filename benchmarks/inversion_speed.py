@@ -43,7 +43,9 @@ import w2wpp
 
 HOST = Path(os.environ.get("COMFYUI_PATH") or Path.home() / "comfy" / "ComfyUI")
 in_host.enter(HOST)
-differentiable = in_host.part("nodes.differentiable")
+denoiser = in_host.part("nodes.host.denoiser").denoiser
+noise_schedule = in_host.part("nodes.host.model").noise_schedule
+plan_run = in_host.part("nodes.host.plan").plan_run
 inversion = in_host.part("w2wpp.inversion")
 
 COMPONENTS = 1000
@@ -104,7 +106,7 @@ class Bench:
         }
 
     def plan(self, noisy: torch.Tensor, *, gradients: bool, checkpointing: bool = False) -> Any:
-        return differentiable.plan(
+        return plan_run(
             self.model, noisy.shape, gradients=gradients, checkpointing=checkpointing
         )
 
@@ -113,7 +115,7 @@ class Bench:
         self.adam.tell(*objective.value_and_gradient(self.adam.ask(), None, draw))
 
     def objective(self, denoise: Callable) -> Any:
-        schedule = inversion.NoiseSchedule(*differentiable.schedule(self.model))
+        schedule = inversion.NoiseSchedule(*noise_schedule(self.model))
         return inversion.Objective(
             self.space, self.target[:1], denoise, schedule, draws=len(self.noisy)
         )
@@ -124,7 +126,7 @@ class Bench:
 
     def gradient_steps(self, rounds: int) -> dict[str, list[float]]:
         with contextlib.ExitStack() as stack:
-            opened = differentiable.denoiser(
+            opened = denoiser(
                 self.model, self.layout, self.prompt, self.plan(self.noisy, gradients=True)
             )
             denoise = stack.enter_context(opened)
@@ -169,7 +171,7 @@ class Bench:
         plan = self.plan(noisy, gradients=False)
         with torch.no_grad(), contextlib.ExitStack() as stack:
             denoise = stack.enter_context(
-                differentiable.denoiser(self.model, self.layout, self.prompt, plan)
+                denoiser(self.model, self.layout, self.prompt, plan)
             )
             plain = self.model.model.diffusion_model
             context = self.prompt[0][0].expand(len(noisy), -1, -1)
@@ -187,7 +189,7 @@ class Bench:
     def peak(self, checkpointing: bool) -> int:
         """Bytes that one step takes beyond the weights."""
         plan = self.plan(self.noisy, gradients=True, checkpointing=checkpointing)
-        with differentiable.denoiser(self.model, self.layout, self.prompt, plan) as denoise:
+        with denoiser(self.model, self.layout, self.prompt, plan) as denoise:
             objective = self.objective(denoise)
             Path("/proc/self/clear_refs").write_text("5")  # restart the peak
             before = memory("VmRSS")

@@ -22,8 +22,8 @@ import torch
 from publish import publish
 
 from w2wpp import SD15, Basis, Space, build_codec
-from w2wpp.codecs.seed import Seed
-from w2wpp.container import Streamed, write_container
+from w2wpp.codecs.original import Seed
+from w2wpp.files.container import Streamed, write_container
 from w2wpp.space import compact
 from w2wpp.spacefile import FORMAT, load_space
 

@@ -2,11 +2,11 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import host
 from .apply import ApplyDecodedLora
 from .avatars import ExamplePortrait, LoadAvatarModel
 from .edits import EditIdentity
 from .encoding import EncodeLora
+from .host import folders
 from .identities import Interpolate, PickIdentity, SampleIdentity
 from .identity_files import LoadIdentity, SaveIdentity
 from .inversion import InvertFromImage
@@ -31,6 +31,6 @@ NODES: list[type[io.ComfyNode]] = [
 
 class W2WExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        host.register_folders()  # before the first schema lists the spaces
-        host.register_help()
+        folders.register_folders()  # before the first schema lists the spaces
+        folders.register_help()
         return NODES

@@ -2,8 +2,8 @@
 
 from comfy_api.latest import io
 
-from ..w2wpp.lorafile import kohya_tensors
-from . import host
+from ..w2wpp.lora.files import kohya_tensors
+from .host import patches, tensors
 from .types import IdentitySocket, LoraSocket, schema
 
 
@@ -60,9 +60,11 @@ class ApplyDecodedLora(io.ComfyNode):
     @classmethod
     def execute(cls, model, identity, strength: float, start_percent: float = 0.0) -> io.NodeOutput:
         layout = identity.space.layout
-        with host.ordinary_tensors():
+        with tensors.ordinary_tensors():
             # One at a time: a matrix product over several people would round differently than over one.
             vectors = [person.vectors(identity.space)[0] for person in identity.identity]
             loras = [kohya_tensors(layout.unpack(vector), layout.alpha) for vector in vectors]
-            models = [host.patched(model, layout, lora, strength, start_percent) for lora in loras]
+            models = [
+                patches.patched(model, layout, lora, strength, start_percent) for lora in loras
+            ]
         return io.NodeOutput(models, loras)

@@ -10,11 +10,11 @@ from comfy_api.latest import io
 from safetensors import safe_open
 
 from ..w2wpp.errors import FormatError
-from . import host
+from .host import avatar_model, folders, tensors
 from .types import schema
 
-PORTRAIT_FILE = host.PACK / "example_workflows" / "avatar_portrait.png"
-BASE_FILE = host.BUNDLED / "avatar-base.safetensors"
+PORTRAIT_FILE = folders.PACK / "example_workflows" / "avatar_portrait.png"
+BASE_FILE = folders.BUNDLED / "avatar-base.safetensors"
 ANY = "any"  # shown for the empty word, which leaves the choice to the model
 
 
@@ -78,22 +78,22 @@ class LoadAvatarModel(io.ComfyNode):
     def fingerprint_inputs(
         cls, background: str = ANY, smile: str = ANY, light: str = ANY, pictures: int = 1
     ):
-        return host.file_stamp(BASE_FILE)
+        return folders.file_stamp(BASE_FILE)
 
     @classmethod
     def execute(cls, background: str, smile: str, light: str, pictures: int) -> io.NodeOutput:
         config = _read_config(BASE_FILE)
-        with host.ordinary_tensors(), safe_open(BASE_FILE, "pt") as file:
+        with tensors.ordinary_tensors(), safe_open(BASE_FILE, "pt") as file:
             table = file.get_tensor("tokens").float()  # [words of all slots, context]
             names = [name for name in file.keys() if name.startswith("unet.")]
             weights = {name.removeprefix("unet."): file.get_tensor(name) for name in names}
             chosen = {"person": "person", "background": background, "smile": smile, "light": light}
             return io.NodeOutput(
-                host.avatar_model(config, weights),
+                avatar_model.avatar_model(config, weights),
                 _conditioning(config, table, chosen),
                 _conditioning(config, table, {}),
-                host.pixel_vae(),
-                host.empty_pictures(pictures, config["image_size"]),
+                avatar_model.pixel_vae(),
+                avatar_model.empty_pictures(pictures, config["image_size"]),
             )
 
 
@@ -115,12 +115,12 @@ class ExamplePortrait(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls):
-        return host.file_stamp(PORTRAIT_FILE)
+        return folders.file_stamp(PORTRAIT_FILE)
 
     @classmethod
     def execute(cls) -> io.NodeOutput:
-        with host.ordinary_tensors():
-            return io.NodeOutput(*host.read_picture(PORTRAIT_FILE))
+        with tensors.ordinary_tensors():
+            return io.NodeOutput(*tensors.read_picture(PORTRAIT_FILE))
 
 
 def _conditioning(config: dict[str, Any], table: torch.Tensor, chosen: dict[str, str]) -> list:
@@ -142,7 +142,7 @@ def _vocabulary() -> dict[str, list[str]]:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    return _config_at(path, host.file_stamp(path))
+    return _config_at(path, folders.file_stamp(path))
 
 
 @functools.lru_cache(maxsize=4)

@@ -3,7 +3,7 @@
 from comfy_api.latest import io
 
 from .. import w2wpp
-from . import host
+from .host import folders, tensors
 from .types import IdentitySocket, People, schema
 
 NO_ATTRIBUTE = "no installed space has attributes"
@@ -22,7 +22,7 @@ class EditIdentity(io.ComfyNode):
                 IdentitySocket.Input("identity", tooltip="Who to edit: one person or several."),
                 io.Combo.Input(
                     "attribute",
-                    options=host.attribute_names() or [NO_ATTRIBUTE],
+                    options=folders.attribute_names() or [NO_ATTRIBUTE],
                     tooltip="What to change. The list holds the attributes of all installed spaces; W2W++ Space Info "
                     "tells which of them the identity's space has.",
                 ),
@@ -43,17 +43,17 @@ class EditIdentity(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, attribute: str | None = None):
-        return host.refusal(_require_known, attribute)
+        return folders.refusal(_require_known, attribute)
 
     @classmethod
     def execute(cls, identity, attribute: str, strength: float) -> io.NodeOutput:
-        with host.ordinary_tensors():
+        with tensors.ordinary_tensors():
             edited = w2wpp.edit(identity.identity, identity.space, {attribute: strength})
         return io.NodeOutput(People(edited, identity.space))
 
 
 def _require_known(attribute: str) -> None:
-    known = host.attribute_names()
+    known = folders.attribute_names()
     if attribute not in known:
         raise w2wpp.ConfigError(
             f"None of the installed spaces has the attribute {attribute!r}. They have: "

@@ -3,7 +3,7 @@
 from comfy_api.latest import io, ui
 
 from .. import w2wpp
-from . import host
+from .host import folders, tensors
 from .types import IdentitySocket, LoraSocket, People, SpaceSocket, schema
 
 NO_FILE = "none"
@@ -24,7 +24,7 @@ class EncodeLora(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "file",
-                    options=[NO_FILE, *host.lora_names()],
+                    options=[NO_FILE, *folders.lora_names()],
                     default=NO_FILE,
                     tooltip="A LoRA file from models/loras/, of the base model that the space was learned on. 'none' "
                     "if one is connected to 'lora'.",
@@ -59,13 +59,13 @@ class EncodeLora(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, file: str | None = None):
-        return file in (None, NO_FILE) or host.refusal(host.lora_path, file)
+        return file in (None, NO_FILE) or folders.refusal(folders.lora_path, file)
 
     @classmethod
     def fingerprint_inputs(
         cls, space=None, file: str = NO_FILE, keep_residual: bool = False, lora=None
     ):
-        return NO_FILE if file == NO_FILE else host.file_stamp(host.lora_path(file))
+        return NO_FILE if file == NO_FILE else folders.file_stamp(folders.lora_path(file))
 
     @classmethod
     def execute(cls, space, file: str, keep_residual: bool, lora=None) -> io.NodeOutput:
@@ -73,8 +73,8 @@ class EncodeLora(io.ComfyNode):
             raise w2wpp.ConfigError(
                 "Encode LoRA takes one LoRA: either choose a file, or connect 'lora' and set the file to 'none'."
             )
-        with host.ordinary_tensors():
-            source = host.lora_path(file) if lora is None else lora
+        with tensors.ordinary_tensors():
+            source = folders.lora_path(file) if lora is None else lora
             identity, report = w2wpp.encode_lora(space, source, residual=keep_residual)
         people = People(identity, space)
         return io.NodeOutput(

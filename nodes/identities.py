@@ -4,7 +4,7 @@ import torch
 from comfy_api.latest import io
 
 from .. import w2wpp
-from . import host
+from .host import tensors
 from .types import IdentitySocket, People, SpaceSocket, schema
 
 
@@ -62,7 +62,7 @@ class SampleIdentity(io.ComfyNode):
     @classmethod
     def execute(cls, space, seed: int, truncation: float, count: int) -> io.NodeOutput:
         generator = torch.Generator().manual_seed(seed)
-        with host.ordinary_tensors():
+        with tensors.ordinary_tensors():
             identity = space.sample(count, generator=generator, truncation=truncation)
         return io.NodeOutput(People(identity, space))
 
@@ -119,7 +119,7 @@ class Interpolate(io.ComfyNode):
         cls, identity_a, identity_b, steps: int, position: float, mode: str
     ) -> io.NodeOutput:
         stops = torch.linspace(0.0, position, steps).tolist() if steps > 1 else [position]
-        with host.ordinary_tensors():
+        with tensors.ordinary_tensors():
             walk = w2wpp.interpolate(
                 identity_a.identity, identity_b.identity, positions=stops, mode=mode
             )

@@ -5,7 +5,7 @@ from comfy_api.latest import io, ui
 from .. import w2wpp
 from ..w2wpp.errors import W2WError
 from ..w2wpp.identity import require_same_space
-from . import host
+from .host import folders, tensors
 from .types import IdentitySocket, People, SpaceSocket, schema
 
 NOTHING_YET = "none saved yet"
@@ -39,7 +39,7 @@ class SaveIdentity(io.ComfyNode):
 
     @classmethod
     def execute(cls, identity, filename_prefix: str) -> io.NodeOutput:
-        path, label = host.new_identity_file(filename_prefix)
+        path, label = folders.new_identity_file(filename_prefix)
         w2wpp.save_identity(identity.identity, path)
         return io.NodeOutput(label, ui=ui.PreviewText(f"saved {label}"))
 
@@ -58,7 +58,7 @@ class LoadIdentity(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "file",
-                    options=list(host.identity_files()) or [NOTHING_YET],
+                    options=list(folders.identity_files()) or [NOTHING_YET],
                     tooltip="An identity file from output/w2wpp/, input/ or models/w2wpp/. Press R to see new ones.",
                 ),
             ],
@@ -71,16 +71,16 @@ class LoadIdentity(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, file: str | None = None):
-        return host.refusal(host.identity_path, file)
+        return folders.refusal(folders.identity_path, file)
 
     @classmethod
     def fingerprint_inputs(cls, file: str = "", space=None):
-        return host.file_stamp(host.identity_path(file))
+        return folders.file_stamp(folders.identity_path(file))
 
     @classmethod
     def execute(cls, space, file: str) -> io.NodeOutput:
-        with host.ordinary_tensors():
-            identity = w2wpp.load_identity(host.identity_path(file))
+        with tensors.ordinary_tensors():
+            identity = w2wpp.load_identity(folders.identity_path(file))
         try:
             require_same_space(identity.space_fingerprint, space.fingerprint, space.name)
         except W2WError as e:
@@ -90,5 +90,5 @@ class LoadIdentity(io.ComfyNode):
 
 def _its_space(fingerprint: str) -> str:
     """Where the right space is, if it is installed, as another sentence."""
-    names = [n for n in host.space_names() if host.space_header(n).fingerprint == fingerprint]
+    names = [n for n in folders.space_names() if folders.space_header(n).fingerprint == fingerprint]
     return f" It is installed as {names[0]}." if names else ""

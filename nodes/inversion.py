@@ -12,8 +12,13 @@ from comfy_api.latest import io
 
 from .. import w2wpp
 from ..w2wpp import inversion
-from . import differentiable, host
 from .curve import draw_curve
+from .host import folders, tensors
+from .host.denoiser import denoiser, paint
+from .host.model import noise_schedule, usual_size
+from .host.pictures import picture_latents
+from .host.plan import plan_run
+from .host.progress import Watch
 from .types import IdentitySocket, People, SpaceSocket, advanced, schema
 
 PREVIEWS = 8  # in a run, unless somebody says how often
@@ -193,12 +198,12 @@ class InvertFromImage(io.ComfyNode):
             prior=None if prior < 0 else prior,
             pivotal=None if pivotal < 0 else pivotal,
         )
-        with host.ordinary_tensors():
-            pixels = resolution or host.usual_size(model)
-            pictures = differentiable.picture_latents(model, vae, image, mask, pixels)
+        with tensors.ordinary_tensors():
+            pixels = resolution or usual_size(model)
+            pictures = picture_latents(model, vae, image, mask, pixels)
             begin = _guess(space, image) if guesses else start and start.identity
             task = _Task(model, positive, space, *pictures, method, recipe, seed)
-            watch = _Watcher(task, host.Watch(model, cls.hidden.unique_id), preview_every)
+            watch = _Watcher(task, Watch(model, cls.hidden.unique_id), preview_every)
             solution = task.solve(begin, watch)
         report = watch.report(solution)
         title = f"{method}, {len(solution.history)} steps"
@@ -232,10 +237,10 @@ class _Task:
         recipe = self.recipe
         gradients = self.method != "cma" or recipe.pivotal is not None
         shape = (recipe.objective["draws"], *self.pictures.shape[1:])
-        plan = differentiable.plan(self.model, shape, gradients=gradients)
+        plan = plan_run(self.model, shape, gradients=gradients)
         space = self.space if plan.device.type == "cpu" else self.space.to(plan.device)
-        with differentiable.denoiser(self.model, space.layout, self.prompt, plan) as denoise:
-            schedule = inversion.NoiseSchedule(*differentiable.schedule(self.model))
+        with denoiser(self.model, space.layout, self.prompt, plan) as denoise:
+            schedule = inversion.NoiseSchedule(*noise_schedule(self.model))
             watch.begin(denoise, schedule, space)
             objective = inversion.Objective(
                 space,
@@ -277,7 +282,7 @@ def _on_cpu(identity: w2wpp.Identity) -> w2wpp.Identity:
 class _Watcher:
     """Shows how it goes after every step, and saves the best so far if it ends early."""
 
-    def __init__(self, task: _Task, watch: host.Watch, preview_every: int) -> None:
+    def __init__(self, task: _Task, watch: Watch, preview_every: int) -> None:
         self._task, self._watch = task, watch
         every = preview_every if preview_every >= 0 else math.ceil(task.recipe.steps / PREVIEWS)
         self._every = every if watch.shows_previews else 0
@@ -305,7 +310,7 @@ class _Watcher:
         """Latents of the person under the prompt, always from the same noise."""
         vector = self._space.decode(identity.z, identity.residual)
         alphas, kind = self._schedule.alphas_cumprod, self._schedule.prediction
-        return differentiable.paint(self._denoise, self._noise, vector, alphas, kind, PREVIEW_STEPS)
+        return paint(self._denoise, self._noise, vector, alphas, kind, PREVIEW_STEPS)
 
     @contextlib.contextmanager
     def keeping_the_best(self) -> Iterator[None]:
@@ -313,7 +318,7 @@ class _Watcher:
             yield
         except BaseException:  # Cancel, memory, anything: the steps so far were paid for
             if self._best is not None:
-                path, label = host.new_identity_file("unfinished")
+                path, label = folders.new_identity_file("unfinished")
                 w2wpp.save_identity(_on_cpu(self._best), path)
                 self._watch.tell(
                     f"The best so far is {label}: W2W++ Load Identity opens it, for 'start'."

@@ -6,7 +6,7 @@ from typing import Any
 from comfy_api.latest import io, ui
 
 from .. import w2wpp
-from . import host
+from .host import folders, tensors
 from .types import SpaceSocket, schema
 
 DEFAULT_SPACE = "avatars.safetensors"
@@ -15,7 +15,7 @@ DEFAULT_SPACE = "avatars.safetensors"
 class LoadSpace(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        names = host.space_names()
+        names = folders.space_names()
         return schema(
             node_id="W2WPP_LoadSpace",
             display_name="W2W++ Load Space",
@@ -39,16 +39,16 @@ class LoadSpace(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, space: str | None = None):
-        return host.refusal(host.space_path, space)
+        return folders.refusal(folders.space_path, space)
 
     @classmethod
     def fingerprint_inputs(cls, space: str = ""):
-        return host.file_stamp(host.space_path(space))
+        return folders.file_stamp(folders.space_path(space))
 
     @classmethod
     def execute(cls, space: str) -> io.NodeOutput:
-        with host.ordinary_tensors():
-            return io.NodeOutput(w2wpp.load_space(host.space_path(space)))
+        with tensors.ordinary_tensors():
+            return io.NodeOutput(w2wpp.load_space(folders.space_path(space)))
 
 
 class SpaceInfo(io.ComfyNode):

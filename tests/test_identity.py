@@ -14,7 +14,7 @@ from w2wpp import (
     load_identity,
     save_identity,
 )
-from w2wpp.container import write_container
+from w2wpp.files.container import write_container
 
 HERE, ELSEWHERE = "a" * 32, "b" * 32
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from w2wpp import DataError, FormatError, ShapeError, Space, SpaceMismatch, load_space, save_space
-from w2wpp.container import open_container
+from w2wpp.files.container import open_container
 from w2wpp.space import compact
 from w2wpp.spacefile import find_space
 

@@ -3,7 +3,7 @@
 from .basis import AffineBasis, Basis
 from .codecs import CODECS, Posterior, build_codec
 from .edits import edit
-from .encoding import EncodeReport, encode_lora
+from .encode import EncodeReport, encode_lora
 from .errors import (
     ConfigError,
     DataError,
@@ -27,8 +27,8 @@ from .inversion import (
     StopInversion,
     invert,
 )
-from .layout import SD15, Layout, Module, transformer_layout
-from .lorafile import LoraFile, kohya_tensors, load_lora, lora_of_tensors, save_lora
+from .lora.files import LoraFile, kohya_tensors, load_lora, lora_of_tensors, save_lora
+from .lora.layout import SD15, Layout, Module, transformer_layout
 from .space import Space
 from .spacefile import load_space, save_space
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .container import Container
 from .errors import ConfigError, FormatError, ShapeError
+from .files.container import Container
 
 # Half precision is for files: turning it to single costs more than reading it does. Components are kept in single
 # precision up to this size, and turned block by block (small enough for a processor's cache) above it.

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .container import open_container, write_container
 from .errors import ConfigError, FormatError, ShapeError, SpaceMismatch
+from .files.container import open_container, write_container
 
 if TYPE_CHECKING:
     from .space import Space

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from .basis import AnyBasis, check_batch
 from .codecs import Codec, Posterior
-from .container import DTYPE_NAMES
 from .errors import ConfigError, DataError, ShapeError
+from .files.container import DTYPE_NAMES
 from .identity import Identity
-from .layout import Layout
+from .lora.layout import Layout
 from .noise import standard_normal
-from .start import StartNetwork
+from .start_network import StartNetwork
 
 
 @dataclass(frozen=True, eq=False)

@@ -24,11 +24,11 @@ from torch import Tensor
 
 from .basis import AffineBasis, AnyBasis, Basis
 from .codecs import Codec, build_codec
-from .container import Container, Streamed, open_container, write_container
 from .errors import ConfigError, FormatError, SpaceMismatch
-from .layout import Layout
+from .files.container import Container, Streamed, open_container, write_container
+from .lora.layout import Layout
 from .space import Space, compact, fingerprint_of
-from .start import StartNetwork, build_start
+from .start_network import StartNetwork, build_start
 
 FORMAT = "w2wpp.space"
 COPY_BYTES = 64 * 2**20

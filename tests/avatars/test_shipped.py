@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from w2wpp import interpolate, load_lora, load_space
-from w2wpp.avatars.catalogue import FILES, catalogue
-from w2wpp.avatars.demo import make_demo
-from w2wpp.avatars.gate import judge_world
-from w2wpp.avatars.inversion import portraits
-from w2wpp.avatars.studio import open_studio
+from w2wpp.avatars.build.catalogue import FILES, catalogue
+from w2wpp.avatars.measure.demo import make_demo
+from w2wpp.avatars.measure.gate import judge_world
+from w2wpp.avatars.measure.inversion import portraits
+from w2wpp.avatars.world.studio import open_studio
 from w2wpp.metrics import consistency, id_scores, likeness_between
 from w2wpp.training.dataset import load_dataset
 

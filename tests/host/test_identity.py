@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from w2wpp.avatars.embedder import AvatarEmbedder, load_embedder
-from w2wpp.avatars.renderer import BACKGROUNDS, LIGHTS, SMILES
+from w2wpp.avatars.world.embedder import AvatarEmbedder, load_embedder
+from w2wpp.avatars.world.renderer import BACKGROUNDS, LIGHTS, SMILES
 
 from .graphs import AvatarGraph
 from .server import REPO, Host

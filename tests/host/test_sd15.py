@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 import w2wpp
 from w2wpp import SD15, Basis, Space, build_codec
-from w2wpp.layout import Lora
+from w2wpp.lora.layout import Lora
 
 from .graphs import SAMPLER, Graph, Link
 from .server import Host, PromptFailed

@@ -157,7 +157,7 @@ def test_the_diffusers_export_is_encoded(run, folder, official, tmp_path):
 
 
 def rename(path, old, new):
-    from w2wpp.container import open_container, write_container
+    from w2wpp.files.container import open_container, write_container
 
     file = open_container(path)
     tensors = {name.replace(old, new): file.read(name) for name in file.entries}
@@ -242,7 +242,8 @@ def test_memory_does_not_grow_with_the_components(tmp_path):
         import re, sys
         from w2wpp.cli import main
         from w2wpp import spacefile
-        from w2wpp.imports import torchfile, w2w
+        from w2wpp.files import torchfile
+        from w2wpp.imports import w2w
         if sys.argv[2] == "small":
             torchfile.MAPPED_BYTES = spacefile.COPY_BYTES = 8 * 2**20
             w2w.COLUMNS = 50

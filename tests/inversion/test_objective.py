@@ -67,8 +67,9 @@ def test_gradient_is_that_of_finite_differences(prediction, micro):
 
 def test_gradient_through_a_unet_with_loras_is_that_of_finite_differences():
     pytest.importorskip("diffusers")
-    from w2wpp.avatars.base import AvatarBase, AvatarConfig
-    from w2wpp.avatars.batched import avatar_layout, loras_applied
+    from w2wpp.avatars.world.adapters import avatar_layout
+    from w2wpp.avatars.world.base import AvatarBase, AvatarConfig
+    from w2wpp.lora.hooks import loras_applied
 
     torch.manual_seed(0)
     base = AvatarBase(AvatarConfig(channels=(32, 32), image_size=8)).double().eval()
@@ -84,7 +85,7 @@ def test_gradient_through_a_unet_with_loras_is_that_of_finite_differences():
             return z @ self.a + self.mean
 
     def denoise(noisy, timestep, vectors):
-        with loras_applied(base, layout, vectors):
+        with loras_applied(base.unet, layout, vectors):
             return base(noisy, timestep, base.prompt(torch.full((len(noisy), 3), -1)))
 
     schedule = NoiseSchedule(base.alphas_cumprod, "v_prediction")

@@ -7,7 +7,7 @@ import pytest
 from w2wpp.inversion import FAR, NEAR, Pivotal
 from w2wpp.inversion.adam import Adam
 from w2wpp.inversion.cma import Cma
-from w2wpp.inversion.hybrid import Hybrid
+from w2wpp.inversion.multistart import Hybrid
 
 KINDS = {"adam": Adam, "cma": Cma, "hybrid": Hybrid}
 

@@ -19,19 +19,20 @@ from ..plots import plot_curves
 from ..spacefile import load_space, save_directions
 from ..training.dataset import VectorDataset, load_dataset
 from ..training.directions import report, space_directions
-from . import directions, evaluation, inversion_benchmark, spaces, start
-from .base import save_base
-from .catalogue import catalogue
-from .commands import MODELS, RESULTS
-from .demo import make_demo
-from .dreambooth import DreamBooth
-from .embedder import save_embedder
-from .gate import gate_table, judge_world
-from .loras import LoraSet, build_loras
-from .portrait import invert_file, say
-from .studio import Studio, open_studio
-from .train_base import BaseTraining, launch_base
-from .train_embedder import EmbedderTraining, measure_embedder, train_embedder
+from .build import spaces, start
+from .build.catalogue import catalogue
+from .build.dreambooth import DreamBooth
+from .build.loras import LoraSet, build_loras
+from .build.train_base import BaseTraining, launch_base
+from .build.train_embedder import EmbedderTraining, measure_embedder, train_embedder
+from .measure import directions, evaluation, inversion_benchmark
+from .measure.demo import make_demo
+from .measure.gate import gate_table, judge_world
+from .measure.portrait import invert_file, say
+from .places import MODELS, RESULTS
+from .world.base import save_base
+from .world.embedder import save_embedder
+from .world.studio import Studio, open_studio
 
 READABLE = 0.1  # R2 on held-out people below which latents do not tell an attribute
 

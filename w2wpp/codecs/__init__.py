@@ -9,9 +9,9 @@ from torch import nn
 
 from ..errors import ConfigError
 from .base import Codec, Posterior
+from .original import Seed
+from .original_residual import SeedResidual
 from .pca import PCA
-from .seed import Seed
-from .seed_residual import SeedResidual
 from .vae_mlp import MLPVAE
 from .vae_skip import SkipVAE
 

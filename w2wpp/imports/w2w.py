@@ -19,9 +19,9 @@ from torch import Tensor
 
 from ..basis import without_tiny
 from ..errors import ConfigError, FormatError
-from ..layout import SD15, Layout
-from ..lorafile import parse_key
-from .torchfile import Matrix, load_tensor, load_torch, open_matrix
+from ..files.torchfile import Matrix, load_tensor, load_torch, open_matrix
+from ..lora.files import parse_key
+from ..lora.layout import SD15, Layout
 
 LICENCE = "Derived from the official weights2weights files (Snap Inc.): for non-commercial, academic use only."
 TRIGGER_PROMPT = "sks person"

@@ -14,14 +14,14 @@ from torch import Tensor
 
 from ..basis import Basis
 from ..codecs import build_codec
-from ..container import Streamed, open_container, write_container
 from ..errors import DataError, FormatError
-from ..layout import Layout
+from ..files.container import Streamed, open_container, write_container
+from ..files.torchfile import ADVICE
+from ..lora.layout import Layout
 from ..space import compact
 from ..spacefile import FORMAT, copied, file_fingerprint
 from ..training.coefficients import Coefficients
 from ..training.directions import Directions, Moments, fit_from_moments, report
-from .torchfile import ADVICE
 from .w2w import W2WFolder, provenance
 
 

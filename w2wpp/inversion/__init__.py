@@ -1,14 +1,14 @@
 """From pictures of a person to a point of a space: objective, optimisers, and the driver that joins them."""
 
+from ..diffusion.schedule import NoiseSchedule
 from .adam import Adam
 from .cma import Cma
 from .driver import Progress, Solution, StopInversion, invert
-from .hybrid import Hybrid
+from .multistart import Hybrid
 from .objective import Denoise, Draw, Objective
 from .optimiser import Optimiser, Run
 from .pivotal import Pivotal
 from .recipes import FAR, NEAR, Recipe
-from .schedule import NoiseSchedule
 from .starts import best_of
 
 __all__ = [

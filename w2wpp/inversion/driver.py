@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..container import open_container, write_container
 from ..errors import ConfigError, DataError, FormatError, ShapeError
+from ..files.container import open_container, write_container
 from ..identity import Identity, require_same_space
 from .objective import Draw, Objective
 from .optimiser import Optimiser, Run

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..diffusion.schedule import NoiseSchedule
 from ..errors import ConfigError, DataError, ShapeError
 from ..space import Space
-from .schedule import NoiseSchedule
 
 # denoise(noisy [N, C, H, W], timestep [N], vectors [R, P]) -> prediction [N, C, H, W]; rows ordered by vector
 Denoise = Callable[[Tensor, Tensor, Tensor], Tensor]

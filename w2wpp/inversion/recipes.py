@@ -11,7 +11,7 @@ from typing import Any
 
 from .adam import Adam
 from .cma import Cma
-from .hybrid import Hybrid
+from .multistart import Hybrid
 from .optimiser import Optimiser
 from .pivotal import Pivotal
 

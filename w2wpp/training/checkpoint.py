@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..container import open_container, write_container
 from ..errors import ConfigError
+from ..files.container import open_container, write_container
 
 FORMAT = "w2wpp.checkpoint"
 

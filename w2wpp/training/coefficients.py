@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from ..basis import AnyBasis, Basis
-from ..container import open_container, write_container
 from ..errors import ConfigError, FormatError, ShapeError
-from ..layout import Layout
+from ..files.container import open_container, write_container
+from ..lora.layout import Layout
 from .dataset import VectorDataset, check_holdout
 
 FORMAT = "w2wpp.basis"

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..container import Container, Streamed, open_container, write_container
 from ..errors import DataError, FormatError
-from ..layout import Layout
+from ..files.container import Container, Streamed, open_container, write_container
+from ..lora.layout import Layout
 
 FORMAT = "w2wpp.dataset"
 CHUNK_BYTES = 128 << 20  # of single-precision vectors held at a time

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..errors import DataError
 from ..metrics import ridge_regression
-from ..start import StartNetwork, build_start
+from ..start_network import StartNetwork, build_start
 
 # pictures(count, generator) -> pictures [count, 3, H, W] in [-1, 1] and labels [count, L] of who is in them
 Pictures = Callable[[int, torch.Generator], tuple[Tensor, Tensor]]

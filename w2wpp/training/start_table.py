@@ -24,12 +24,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import ConfigError, DataError, FormatError
+from ..files.pictures import open_picture, pixels
 from ..identity import load_identity, require_same_space
 from ..metrics import pooled_r2
-from ..pictures import open_picture, pixels
 from ..space import Space
 from ..spacefile import load_space, save_space
-from ..start import StartNetwork
+from ..start_network import StartNetwork
 from .dataset import VectorDataset, load_dataset
 from .directions import encode_rows
 from .fit_start import (

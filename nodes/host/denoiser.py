@@ -1,0 +1,207 @@
+"""The user's UNet as an inversion sees it: denoising with LoRAs as an argument.
+
+For gradients the UNet is a private one: the host makes its
+weights in inference mode, where autograd can't use them, patches them in place and may move them away. Without
+gradients it is the host's own, with hooks for as long as the block lasts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import comfy.lora
+import comfy.model_management
+import comfy.ops
+import torch
+from comfy.ldm.modules.attention import SpatialTransformer, attention_pytorch
+from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ...w2wpp import Layout
+from ...w2wpp.errors import ConfigError
+from .model import check_fit, check_inputs, times
+from .plan import Plan, count_parameters
+
+PREFIX = "diffusion_model."
+
+
+class Denoiser:
+    """``denoise(noisy [N, C, H, W], timestep [N], vectors [B, P])`` -> prediction [N, C, H, W].
+
+    Rows are ordered by LoRA, N a multiple of B.
+    """
+
+    def __init__(
+        self,
+        unet: nn.Module,
+        layout: Layout,
+        modules: dict[str, nn.Module],
+        context: Tensor,
+        times: Tensor,
+        plan: Plan,
+    ) -> None:
+        self.plan = plan
+        self._unet, self._layout, self._modules = unet, layout, modules
+        self._context = context  # [1, tokens, channels]
+        self._times = times  # [T] as the UNet wants them
+        self._lora: dict[str, tuple[Tensor, Tensor]] = {}
+        self._options: dict[str, Any] = {}
+        if plan.gradients:
+            self._options["optimized_attention_override"] = _attention
+
+    def __call__(self, noisy: Tensor, timestep: Tensor, vectors: Tensor) -> Tensor:
+        place = {"device": self.plan.device, "dtype": self.plan.dtype}
+        self._lora = self._layout.unpack(vectors.to(**place))
+        times = self._times[timestep.to(self._times.device)]
+        context = self._context.expand(len(noisy), -1, -1)
+        predicted = self._unet(
+            noisy.to(**place), times, context=context, transformer_options=dict(self._options)
+        )
+        return predicted.float()
+
+    @contextlib.contextmanager
+    def hooked(self) -> Iterator[Denoiser]:
+        """Within the block the UNet's linear layers add the LoRAs of the last call."""
+        handles: list[Any] = []
+        try:
+            for name, module in self._modules.items():
+                handles.append(module.register_forward_hook(self._hook(name)))
+            yield self
+        finally:
+            for handle in handles:
+                handle.remove()
+            self._lora = {}
+            del self._unet, self._modules  # whoever still holds the denoiser holds no weights
+
+    def recompute(self) -> None:
+        """Keep only the inputs of the UNet's blocks for the way back, and run each block again there."""
+        for block in self._unet.modules():
+            if isinstance(block, ResBlock | SpatialTransformer):
+                block.forward = self._recomputed(block.forward)
+
+    def _recomputed(self, forward: Callable) -> Callable:
+        def outer(*args: Any, **kwargs: Any) -> Tensor:
+            lora = self._lora  # of this call; a later one may come before the way back
+
+            def inner(*args: Any, **kwargs: Any) -> Tensor:
+                before, self._lora = self._lora, lora
+                try:
+                    return forward(*args, **kwargs)
+                finally:
+                    self._lora = before
+
+            return checkpoint(inner, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+        return outer
+
+    def _hook(self, name: str) -> Callable:
+        """Add scale * (x A^T) B^T in one fused product: x [N, n, in], A [B, r, in], B [B, out, r]."""
+        scale = self._layout.scale
+
+        def add(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            down, up = self._lora[name]
+            x = inputs[0].reshape(len(down), -1, inputs[0].shape[-1])
+            flat = output.reshape(len(up), -1, output.shape[-1])
+            low, up = torch.bmm(x, down.mT), up.mT
+            if torch.is_grad_enabled():
+                return torch.baddbmm(flat, low, up, alpha=scale).reshape(output.shape)
+            return flat.baddbmm_(low, up, alpha=scale).reshape(output.shape)
+
+        return add
+
+
+def _attention(_: Callable, *args: Any, **kwargs: Any) -> Tensor:
+    """In place of whatever kernel the host picked: some have no backward, some one that fails when memory is short."""
+    return attention_pytorch(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def denoiser(model: Any, layout: Layout, conditioning: list, plan: Plan) -> Iterator[Denoiser]:
+    """The UNet of ``model`` with its patches, under a prompt. Nothing stays behind when the block is left."""
+    keys = check_fit(model, layout)
+    check_inputs(model)
+    moments = times(model)
+    try:
+        if plan.gradients:
+            wanted = count_parameters(model) * plan.dtype.itemsize + plan.activations
+            comfy.model_management.free_memory(wanted, plan.device)
+            unet = _private_unet(model, plan)
+        else:
+            comfy.model_management.load_models_gpu([model], memory_required=plan.activations)
+            unet = model.model.diffusion_model
+        names = {
+            m.name: keys[m.name].removeprefix(PREFIX).removesuffix(".weight")
+            for m in layout.modules
+        }
+        modules = {name: unet.get_submodule(path) for name, path in names.items()}
+        context = _context(conditioning).to(device=plan.device, dtype=plan.dtype)
+        denoise = Denoiser(unet, layout, modules, context, moments.to(plan.device), plan)
+        if plan.checkpointing:
+            denoise.recompute()
+        with denoise.hooked():
+            yield denoise
+    finally:
+        unet = denoise = modules = None
+        gc.collect()  # checkpointed blocks refer to themselves
+        comfy.model_management.soft_empty_cache()
+
+
+def paint(
+    denoise: Denoiser, noise: Tensor, vector: Tensor, alphas: Tensor, prediction: str, steps: int
+) -> Tensor:
+    """Latents [N, C, H, W] of a person, vector [1, P], from noise, by DDIM without guidance (Song et al. 2021)."""
+    x = noise
+    times = torch.linspace(len(alphas) - 1, 0, steps + 1).round().long()[:-1]
+    levels = torch.cat([alphas[times], torch.ones(1, dtype=alphas.dtype)])
+    for i, time in enumerate(times):
+        (a, s), (a_next, s_next) = (
+            (float(v.sqrt()), float((1 - v).sqrt())) for v in levels[i : i + 2]
+        )
+        output = denoise(x, time.expand(len(x)), vector)
+        if prediction == "v_prediction":
+            x0, eps = a * x - s * output, a * output + s * x
+        else:
+            x0, eps = (x - s * output) / a, output
+        x = a_next * x0 + s_next * eps
+    return x
+
+
+def _context(conditioning: list) -> Tensor:
+    """The prompt's tokens [1, tokens, channels]."""
+    if len(conditioning) != 1 or len(conditioning[0][0]) != 1:
+        raise ConfigError(
+            f"Inversion takes one prompt. Got {len(conditioning)} combined ones; connect a single CLIP Text Encode."
+        )
+    return conditioning[0][0].detach().clone()
+
+
+def _private_unet(model: Any, plan: Plan) -> nn.Module:
+    """A UNet whose weights are ordinary tensors with the model's patches in them; they are shared where they are equal
+    to the host's, which nothing here writes to."""
+    weights = {
+        key.removeprefix(PREFIX): _weight(key, entry, plan)
+        for key, entry in model.get_key_patches(PREFIX).items()
+    }
+    config = {**model.model.model_config.unet_config, "dtype": plan.dtype}
+    kind = type(model.model.diffusion_model)
+    unet = kind(**config, device="meta", operations=comfy.ops.disable_weight_init)
+    unet.load_state_dict(weights, strict=True, assign=True)
+    return unet.requires_grad_(False).eval()
+
+
+def _weight(key: str, entry: list, plan: Plan) -> Tensor:
+    (weight, convert), *patches = entry
+    weight = weight.detach()
+    as_is = weight.device.type == plan.device.type == "cpu" and weight.dtype == plan.dtype
+    if as_is and not patches:
+        shared = convert(weight, inplace=False)
+        return torch.from_dlpack(shared) if shared.is_inference() else shared
+    weight = convert(weight.to(device=plan.device, dtype=torch.float32, copy=True), inplace=True)
+    if patches:
+        weight = comfy.lora.calculate_weight(patches, weight, key)
+    weight = weight.to(plan.dtype)
+    return weight.clone() if weight.is_inference() else weight

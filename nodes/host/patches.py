@@ -1,0 +1,87 @@
+"""LoRAs as patches of a model of the host's."""
+
+from __future__ import annotations
+
+import uuid
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.lora
+import comfy.patcher_extension
+import torch
+
+from ...w2wpp import Layout
+from ...w2wpp.errors import LayoutMismatch
+from .model import check_fit, model_name
+
+
+def patched(
+    model: Any, layout: Layout, lora: dict[str, torch.Tensor], strength: float, start: float = 0.0
+) -> Any:
+    """A copy of ``model`` with a LoRA in kohya's spelling added; the model itself is not changed.
+
+    Raises unless every module of ``layout`` is in the model with the layout's shape, because the host only logs what
+    it can't place. Strength 0 adds nothing at all, so that not even rounding differs from the bare model. With
+    ``start`` the LoRA only acts from that share of the sampling on.
+    """
+    check_fit(model, layout)
+    copy = model.clone()
+    if strength == 0:
+        return copy
+    keys = comfy.lora.model_lora_keys_unet(model.model, {})
+    patches = comfy.lora.load_lora(lora, keys)
+    added = (
+        _delay(copy, patches, strength, start) if start > 0 else copy.add_patches(patches, strength)
+    )
+    if len(added) != len(layout.modules):
+        raise LayoutMismatch(
+            f"{model_name(model)} took {len(added)} of the {len(layout.modules)} LoRA weights of the layout "
+            f"{layout.name!r}"
+        )
+    return copy
+
+
+class _Gate:
+    """Open while the model is asked about noise at or below the level at which ``start`` of the sampling is over."""
+
+    def __init__(self, start: float) -> None:
+        self.start, self.is_open = start, False
+
+    def __call__(
+        self, apply_model: Any, x: torch.Tensor, sigma: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        level = apply_model.class_obj.model_sampling.percent_to_sigma(self.start)
+        self.is_open = float(sigma.max()) <= level
+        return apply_model(x, sigma, *args, **kwargs)
+
+
+@dataclass(frozen=True)
+class _DelayedPatch:
+    """What the host asks for a weight each time it is used: the patched one while the gate is open."""
+
+    gate: _Gate
+    key: str
+    patch: tuple
+
+    def __call__(self, weight: torch.Tensor) -> torch.Tensor:
+        if not self.gate.is_open:
+            return weight
+        return comfy.lora.calculate_weight([self.patch], weight.clone(), self.key, weight.dtype)
+
+
+def _delay(model: Any, patches: dict[str, Any], strength: float, start: float) -> list[str]:
+    """Add patches that act from ``start`` of the sampling on; returns the keys of the weights.
+
+    The weights themselves stay as they are and are patched while they are used. The host's weight hooks would do it
+    otherwise, but they sit on conditionings, and need a second copy of a model that is streamed to the GPU.
+    """
+    gate = _Gate(start)
+    known = model.model_state_dict()
+    added = [key for key in patches if key in known]
+    for key in added:
+        patch = (strength, patches[key], 1.0, None, None)
+        model.add_weight_wrapper(key, _DelayedPatch(gate, key, patch))
+    model.add_wrapper(comfy.patcher_extension.WrappersMP.APPLY_MODEL, gate)
+    # Or the host takes the weights that it has loaded for another copy, without wrappers, for this one's.
+    model.patches_uuid = uuid.uuid4()
+    return added

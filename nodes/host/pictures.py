@@ -1,0 +1,40 @@
+"""Pictures and masks as a UNet of the host's sees them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import comfy.utils
+import torch
+from torch import Tensor
+
+from ...w2wpp.errors import ConfigError
+from .model import grid
+
+
+def picture_latents(
+    model: Any, vae: Any, image: Tensor, mask: Tensor | None, pixels: int
+) -> tuple[Tensor, Tensor | None]:
+    """Pictures [n, H, W, 3] as the UNet sees them [n, C, h, w], and masks of any size as weights [n, 1, h, w].
+
+    Pictures are scaled to the area of a square with sides of ``pixels``; their shape is kept, up to what the UNet's
+    levels can divide.
+    """
+    count, height, width, _ = image.shape
+    scale = pixels / (height * width) ** 0.5
+    cell = grid(model)
+    size = [max(cell, round(side * scale / cell) * cell) for side in (width, height)]
+    scaled = comfy.utils.common_upscale(image[..., :3].movedim(-1, 1), *size, "area", "disabled")
+    latents = model.model.process_latent_in(vae.encode(scaled.movedim(1, -1)).clone()).float()
+    if mask is None:
+        return latents, None
+    weights = mask.reshape(-1, 1, *mask.shape[-2:]).float()
+    if len(weights) not in (1, count):
+        raise ConfigError(
+            f"There are {count} pictures and {len(weights)} masks; connect one for all, or one for each."
+        )
+    weights = torch.nn.functional.interpolate(weights, latents.shape[-2:], mode="area").clamp(0, 1)
+    weights = weights.expand(count, -1, -1, -1)
+    if bool((weights.sum((1, 2, 3)) == 0).any()):
+        raise ConfigError("The mask is empty. It should be white where the person is.")
+    return latents, weights.to(latents.device)

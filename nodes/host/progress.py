@@ -1,0 +1,37 @@
+"""What a running node shows, and whether it was cancelled."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import comfy.model_management
+import comfy.utils
+import latent_preview
+import torch
+from server import PromptServer
+
+
+class Watch:
+    """The progress bar, the preview and the text of the running node, and whether Cancel was pressed."""
+
+    def __init__(self, model: Any, node: str) -> None:
+        self._node = node
+        self._previewer = latent_preview.get_previewer(model.load_device, model.model.latent_format)
+        self._bar = comfy.utils.ProgressBar(1)
+
+    @property
+    def shows_previews(self) -> bool:
+        return self._previewer is not None
+
+    def show(self, step: int, steps: int, text: str, latents: torch.Tensor | None = None) -> None:
+        """``latents`` [1, C, H, W], as the model sees them, become the preview. Raises if Cancel was pressed."""
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        preview = None
+        if latents is not None and self._previewer is not None:
+            preview = self._previewer.decode_latent_to_preview_image("JPEG", latents)
+        self._bar.update_absolute(step, steps, preview)
+        self.tell(text)
+
+    def tell(self, text: str) -> None:
+        """Write on the node."""
+        PromptServer.instance.send_progress_text(text, self._node)

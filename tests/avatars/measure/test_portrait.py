@@ -1,0 +1,59 @@
+"""`w2wpp invert`: the person in the bundled picture, found from the command line."""
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("diffusers", reason="the miniature world needs diffusers")
+
+from PIL import Image
+
+from w2wpp import load_identity, load_space
+from w2wpp.avatars.measure.portrait import read_picture
+from w2wpp.avatars.places import MODELS
+from w2wpp.avatars.world.studio import open_studio
+from w2wpp.metrics import id_scores
+from w2wpp.training.dataset import load_dataset
+
+PORTRAIT = MODELS.parent / "example_workflows" / "avatar_portrait.png"
+WHO = 31  # row of the picture's person among the held-out people that ship
+SPACE = MODELS / "avatars.safetensors"
+
+
+@pytest.mark.parametrize("method", ["adam", "cma", "hybrid"])
+def test_the_person_of_the_picture_is_found(run, method):
+    code, result, err = run("invert", SPACE, PORTRAIT, "--method", method, "-o", "id.safetensors")
+    assert code == 0, err
+    assert 0 < result["evaluations"] <= 400
+    space, studio = (
+        load_space(SPACE),
+        open_studio(MODELS / "avatar-base.safetensors", MODELS / "avatar-embedder.safetensors"),
+    )
+    shots = studio.photograph(load_identity("id.safetensors").vectors(space), space.layout)
+    heldout = load_dataset(MODELS / "avatars-heldout.safetensors")
+    people = heldout.labels[heldout.heldout_rows]
+    likeness = torch.stack([id_scores(shots.embeddings, p[None])[0] for p in people])
+    assert likeness[WHO] > 0.4
+    assert (
+        int((likeness > likeness[WHO]).sum()) < len(people) // 20
+    )  # of 200 people, among the nearest ten
+
+
+def test_a_mask_decides_what_counts(run, tmp_path):
+    white = np.zeros((32, 32), np.uint8)
+    white[8:24, 8:24] = 255
+    Image.fromarray(white).save(tmp_path / "mask.png")
+    _, whole, _ = run("invert", SPACE, PORTRAIT, "-o", "a.safetensors")
+    _, part, _ = run("invert", SPACE, PORTRAIT, "--mask", "mask.png", "-o", "b.safetensors")
+    assert part["loss"] != whole["loss"]
+    assert not torch.equal(load_identity("a.safetensors").z, load_identity("b.safetensors").z)
+
+
+def test_what_is_no_avatar_is_refused(run, tmp_path):
+    Image.new("RGB", (64, 48)).save(tmp_path / "large.png")
+    (tmp_path / "text.png").write_text("no picture")
+    for name, message in (("large.png", "Got 64 x 48"), ("text.png", "not a picture")):
+        code, result, err = run("invert", SPACE, tmp_path / name, "-o", "id.safetensors")
+        assert code == 1 and result is None and message in err and err.count("\n") == 1, err
+        assert not (tmp_path / "id.safetensors").exists()
+    assert read_picture(PORTRAIT).shape == (1, 3, 32, 32)

@@ -1,0 +1,47 @@
+"""The list of what ships: ``models/README.md``, written from the files themselves."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from ...files.container import open_container
+
+# Name, what it is, and the commands that make it, in their order.
+SPACE = ("avatars spaces --ship", "avatars start --ship", "avatars directions --ship")
+FILES = {
+    "avatar-base.safetensors": ("the diffusion model of 32x32 avatars", ("avatars base",)),
+    "avatar-embedder.safetensors": (
+        "reads identity and words from a picture",
+        ("avatars embedder",),
+    ),
+    "avatars.safetensors": ("the default space (w2w++)", SPACE),
+    "avatars-pca.safetensors": ("the linear space of the same size (w2w)", SPACE),
+    "avatars-heldout.safetensors": (
+        "LoRAs of held-out people, for `w2wpp evaluate`",
+        ("avatars spaces --ship",),
+    ),
+}
+HEAD = """# What ships
+
+Weights only. All of it was trained by the commands below from nothing but a seed: no pretrained
+weights, no photographs, no data of real people. Licence: Apache-2.0, as the code. This page is
+written by `w2wpp avatars list`. Training again does not give the same bytes.
+
+| file | what | bytes | made by | sha256 |
+|---|---|---|---|---|
+"""
+
+
+def catalogue(models: Path) -> str:
+    """The page for the files in ``models``."""
+    lines = []
+    for name, (what, commands) in FILES.items():
+        path = models / name
+        open_container(path)  # a damaged file must not be listed
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        size = f"{path.stat().st_size:,}"
+        made_by = ", ".join(f"`w2wpp {command}`" for command in commands)
+        lines.append(f"| `{name}` | {what} | {size} | {made_by} | `{digest}` |")
+    total = sum((models / name).stat().st_size for name in FILES)
+    return HEAD + "\n".join(lines) + f"\n\nTogether {total / 1e6:.1f} MB.\n"

@@ -1,0 +1,112 @@
+"""The spaces that the evaluation compares, and the two that ship."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...basis import AffineBasis
+from ...space import Space
+from ...spacefile import load_space, save_space
+from ...training.coefficients import project_dataset
+from ...training.config import VaeTraining, seed_training
+from ...training.dataset import VectorDataset, write_dataset
+from ...training.fit_basis import fit_basis
+from ...training.fit_vae import fit_vae, linear_space
+from ..world.renderer import TRAITS
+
+COMPONENTS = 256
+PCA_SIZES = {f"pca-{size}": size for size in (16, 32, 64, 128, 256)}
+VAES = {
+    "skip-32": VaeTraining(codec="vae-skip", latent=32, beta=0.03),
+    "skip-64": VaeTraining(codec="vae-skip", latent=64, beta=0.03),
+    "skip-128": VaeTraining(codec="vae-skip", latent=128, beta=0.03),
+    "mlp-64": VaeTraining(codec="vae-mlp", latent=64, beta=0.03),
+}
+DEFAULT, LINEAR = "skip-128", "pca-128"
+
+
+def train_spaces(
+    dataset: VectorDataset, folder: Path, *, callback: Callable[[str], None] = lambda line: None
+) -> list[Path]:
+    """Fit every space on the training people and write it to ``folder``; what exists is kept.
+
+    Fewer people than components leave out the spaces that are too large for them.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    basis = fit_basis(dataset, components_of(dataset))
+    coefficients = project_dataset(dataset, basis)
+    # One range for all parameters, as in the seed: its weights stay below 0.1, and it reads w * 10.
+    largest = max(float(w.abs().max()) for _, w in dataset.chunks(dataset.training_rows))
+    raw = AffineBasis(dataset.layout.size, scale=1 / largest)
+
+    def fit(name: str) -> Space:
+        about = provenance(name)
+        if name in PCA_SIZES:
+            return linear_space(dataset, basis.truncated(PCA_SIZES[name]), provenance=about)
+        if name in VAES:
+            return fit_vae(coefficients, basis, VAES[name], provenance=about)
+        return fit_vae(dataset, raw, seed_training(epochs=40), provenance=about)
+
+    written = []
+    sizes = {**PCA_SIZES, **{name: settings.latent for name, settings in VAES.items()}}
+    for name in (*(n for n, size in sizes.items() if size <= basis.rank), "seed"):
+        path = folder / f"{name}.safetensors"
+        if not path.exists():
+            space = fit(name)
+            save_space(space, path)
+            callback(f"spaces: {name} written, weight R2 {space.training_report['weight_r2']}")
+        written.append(path)
+    return written
+
+
+def components_of(dataset: VectorDataset) -> int:
+    return min(COMPONENTS, len(dataset.training_rows) - 1)
+
+
+def ship(dataset: VectorDataset, folder: Path, models: Path) -> list[Path]:
+    """Write the default space, the linear one of the same size, and the held-out LoRAs they are scored on."""
+    spaces = {"avatars": (DEFAULT, "Avatars"), "avatars-pca": (LINEAR, "Avatars (linear)")}
+    written = []
+    for name, (source, title) in spaces.items():
+        space = load_space(folder / f"{source}.safetensors")
+        space = replace(space, provenance={**space.provenance, "name": title})
+        save_space(space, models / f"{name}.safetensors")
+        written.append(models / f"{name}.safetensors")
+    heldout = models / "avatars-heldout.safetensors"
+    write_heldout(dataset, heldout)
+    return [*written, heldout]
+
+
+def write_heldout(dataset: VectorDataset, path: Path) -> None:
+    """The held-out people's LoRAs behind the mean of the others: all that scoring a space needs of a data set."""
+    assert dataset.labels is not None
+    held = dataset.heldout_rows
+    mean = dataset.vectors(dataset.training_rows).mean(0, keepdim=True)
+    nobody = torch.tensor([-1])
+    write_dataset(
+        path,
+        torch.cat([mean, dataset.vectors(held)]),
+        dataset.layout,
+        torch.cat([nobody, dataset.identity[held]]),
+        heldout=torch.cat([nobody > 0, dataset.heldout[held]]),
+        labels=torch.cat([torch.zeros(1, len(TRAITS)), dataset.labels[held]]),
+        label_names=TRAITS,
+        provenance={**dataset.provenance, "first_row": "mean LoRA of the training people"},
+    )
+
+
+def provenance(name: str) -> dict[str, Any]:
+    """What every space of the miniature world says of itself."""
+    return {
+        "name": f"avatars {name}",
+        "version": "1",
+        "licence": "Apache-2.0",
+        "trigger_prompt": "person",
+        "base_model": "avatar-base.safetensors",
+        "made_by": "w2wpp avatars spaces",
+    }

@@ -1,0 +1,1 @@
+"""How everything is scored in the miniature world."""

@@ -1,0 +1,256 @@
+"""Score spaces in the miniature world: what a space keeps of a person, what it dreams up, and how it moves between.
+
+All spaces are photographed in one studio (the same prompts and noise), so that their rows can be compared pairwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ... import identity as identities
+from ...errors import LayoutMismatch
+from ...metrics import (
+    consistency,
+    estimate,
+    explained_variance,
+    frechet_distance,
+    id_scores,
+    likeness_between,
+    nearest_cosine,
+    path_roughness,
+    pose_diversity,
+)
+from ...plots import plot_errors, plot_latents
+from ...space import Space
+from ...spacefile import load_space
+from ...training.dataset import VectorDataset, load_dataset
+from ..build.loras import LoraSet
+from ..world.painter import GUIDANCE
+from ..world.renderer import sample_nuisance
+from ..world.studio import Shots, Studio, open_studio
+from .sheets import Strip, save_sheet
+
+SHEET = 12  # faces of a space on a sheet
+Row = dict[str, Any]  # {metric: {"mean", "low", "high", "count"}} and plain numbers
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How much is photographed."""
+
+    base: Path
+    embedder: Path
+    dataset: Path
+    people: int = 100  # held-out people, 0 for all
+    pictures: int = 4  # of each
+    sampled: int = 100  # identities drawn from each space
+    paths: int = 12  # interpolated pairs of sampled identities
+    path_steps: int = 9
+    truncation: float = 1.0
+    guidance: float = GUIDANCE
+    seed: int = 77
+
+    def studio(self) -> Studio:
+        return open_studio(
+            self.base, self.embedder, pictures=self.pictures, seed=self.seed, guidance=self.guidance
+        )
+
+    def heldout(self, dataset: VectorDataset) -> Tensor:
+        rows = dataset.heldout_rows
+        return rows[: self.people] if self.people else rows
+
+
+def evaluate_spaces(
+    spaces: list[Path],
+    protocol: Protocol,
+    *,
+    workers: int = 1,
+    callback: Callable[[str], None] = lambda line: None,
+) -> dict[str, Row]:
+    """A row for each space, after the rows that need no space: own LoRA, another's, the mean LoRA."""
+    with ProcessPoolExecutor(
+        workers, get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
+    ) as pool:
+        rows, real = pool.submit(reference_rows, protocol).result()
+        callback("reference rows done")
+        jobs = {_row_name(path): pool.submit(judge_space, path, protocol, real) for path in spaces}
+        for name, job in jobs.items():
+            rows[name] = job.result()
+            callback(f"{name} done")
+    return rows
+
+
+def reference_rows(protocol: Protocol) -> tuple[dict[str, Row], Tensor]:
+    """What real LoRAs of held-out people reach and what nobody's does; and their traits [N, 20]."""
+    dataset, studio = load_dataset(protocol.dataset), protocol.studio()
+    held, identity = _heldout(dataset, protocol)
+    own = studio.photograph(held, dataset.layout)
+    mean = _training_mean(dataset)
+    middle = studio.photograph(mean.expand(len(held), -1), dataset.layout)
+    known = _known_faces(dataset)
+    real = own.traits.mean(1)
+    rows = {
+        "own LoRA": {
+            **_faces_row(own, identity),
+            **_population_row(own, real, known),
+            "weight_r2": _json(torch.ones(len(held))),
+        },
+        "another's LoRA": {"id_score": _json(id_scores(own.embeddings, identity.roll(1, 0)))},
+        "mean LoRA": {**_faces_row(middle, identity), "weight_r2": _json(torch.zeros(len(held)))},
+    }
+    return rows, real
+
+
+def judge_space(path: Path, protocol: Protocol, real: Tensor) -> Row:
+    """Everything that is measured of one space; ``real`` [N, 20] are traits of real LoRAs."""
+    space, dataset, studio = load_space(path), load_dataset(protocol.dataset), protocol.studio()
+    if space.layout != dataset.layout:
+        raise LayoutMismatch(
+            f"{path.name} is a space of layout '{space.layout.name}' with {space.layout.size} parameters, and "
+            f"{protocol.dataset.name} holds LoRAs of '{dataset.layout.name}' with {dataset.layout.size}. "
+            "Evaluate a space on LoRAs of the layout that it was trained on."
+        )
+    held, identity = _heldout(dataset, protocol)
+    mean = _training_mean(dataset)
+    with torch.no_grad():
+        reconstruction = space.decode(space.encode(held).mean)
+        drawn = space.sample(
+            protocol.sampled,
+            generator=torch.Generator().manual_seed(protocol.seed),
+            truncation=protocol.truncation,
+        )
+        imagined = studio.photograph(drawn.vectors(space), space.layout)
+        rebuilt = studio.photograph(reconstruction, space.layout)
+    return {
+        "latent": space.latent_size,
+        "weight_r2": _json(explained_variance(held, reconstruction, mean)),
+        **_faces_row(rebuilt, identity),
+        **_population_row(imagined, real, _known_faces(dataset)),
+        **_paths_row(space, drawn, studio, protocol),
+    }
+
+
+def _heldout(dataset: VectorDataset, protocol: Protocol) -> tuple[Tensor, Tensor]:
+    """Vectors [N, P] and true identities [N, 20] of the held-out people."""
+    rows = protocol.heldout(dataset)
+    assert dataset.labels is not None
+    return dataset.vectors(rows), dataset.labels[rows]
+
+
+def _training_mean(dataset: VectorDataset) -> Tensor:
+    """The mean LoRA [P] of the training people."""
+    return dataset.vectors(dataset.training_rows).mean(0)
+
+
+def _known_faces(dataset: VectorDataset) -> Tensor:
+    """True identities of the training people, as unit vectors [N, 20], drawn again from their seed."""
+    world = dataset.provenance["world"]
+    people = LoraSet(people=world["people"], heldout=world["heldout"], seed=world["seed"])
+    return F.normalize(people.identities()[~people.heldout_flags()], dim=-1)
+
+
+def _faces_row(shots: Shots, identity: Tensor) -> Row:
+    """Whose faces these are, and whether the prompt still steers."""
+    photographs = sample_nuisance(2_000, generator=torch.Generator().manual_seed(0)).pose
+    return {
+        "id_score": _json(id_scores(shots.embeddings, identity)),
+        "token_obedience": _json(shots.obedience()),
+        "pose_diversity": _json(pose_diversity(shots.pose, photographs)),
+    }
+
+
+def _population_row(shots: Shots, real: Tensor, known: Tensor) -> Row:
+    """Sampled identities as a crowd: like themselves, unlike each other, spread as real ones are, none copied."""
+    return {
+        "consistency": _json(consistency(shots.embeddings)),
+        "diversity": _json(1 - likeness_between(shots.embeddings)),
+        "frechet": frechet_distance(shots.traits.mean(1), real),
+        "nearest_training": _json(nearest_cosine(shots.faces, known)),
+    }
+
+
+def _paths_row(space: Space, drawn: identities.Identity, studio: Studio, protocol: Protocol) -> Row:
+    """Interpolation between sampled identities: even steps, and whole faces half-way."""
+    paths = [
+        identities.interpolate(drawn[2 * i], drawn[2 * i + 1], steps=protocol.path_steps).vectors(
+            space
+        )
+        for i in range(min(protocol.paths, len(drawn) // 2))
+    ]
+    with torch.no_grad():
+        shots = studio.photograph(torch.cat(paths), space.layout, same=True)
+    likeness = consistency(shots.embeddings).unflatten(0, (len(paths), -1))  # [paths, steps]
+    faces = shots.traits.mean(1).unflatten(0, (len(paths), -1))
+    ends = (likeness[:, 0] + likeness[:, -1]) / 2
+    return {
+        "path_roughness": _json(path_roughness(faces)),
+        "midpoint_quality": _json(likeness[:, protocol.path_steps // 2] - ends),
+    }
+
+
+def _json(values: Tensor) -> Row:
+    return estimate(values).to_json()
+
+
+def _row_name(path: Path) -> str:
+    return path.stem
+
+
+COLUMNS = {
+    "latent": "d", "weight_r2": "weight R2", "id_score": "ID score", "token_obedience": "obedience",
+    "pose_diversity": "pose", "consistency": "consistency", "diversity": "diversity", "frechet": "Frechet",
+    "nearest_training": "nearest", "path_roughness": "roughness", "midpoint_quality": "midpoint",
+}  # fmt: skip
+
+
+def table(rows: dict[str, Row]) -> str:
+    """The rows as a Markdown table; +- is half of a 95 % confidence interval over identities."""
+    lines = ["| | " + " | ".join(COLUMNS.values()) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
+    for name, row in rows.items():
+        lines.append(f"| {name} | " + " | ".join(_cell(row.get(key)) for key in COLUMNS) + " |")
+    return "\n".join(lines)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, dict):
+        return f"{value['mean']:.3f} +- {(value['high'] - value['low']) / 2:.3f}"
+    return str(value) if isinstance(value, int) else f"{value:.3f}"
+
+
+def draw(spaces: list[Path], protocol: Protocol, folder: Path) -> list[Path]:
+    """Plots of latents and errors over held-out LoRAs, and sheets of sampled and interpolated faces."""
+    dataset, studio = load_dataset(protocol.dataset), protocol.studio()
+    held, _ = _heldout(dataset, protocol)
+    mean = _training_mean(dataset)
+    latents: dict[str, Tensor] = {}
+    errors: dict[str, Tensor] = {}
+    samples: list[Strip] = []
+    walks: list[Strip] = []
+    for path in spaces:
+        space, name = load_space(path), _row_name(path)
+        with torch.no_grad():
+            latents[name] = space.encode(held).mean
+            errors[name] = 1 - explained_variance(held, space.decode(latents[name]), mean)
+            drawn = space.sample(SHEET, generator=torch.Generator().manual_seed(protocol.seed))
+            walk = identities.interpolate(drawn[0], drawn[1], steps=SHEET)
+            words, noise = (part[:1].repeat_interleave(SHEET, 0) for part in studio.scenes(1))
+            for strips, people in ((samples, drawn), (walks, walk)):
+                faces = studio.paint(words, noise, people.vectors(space), space.layout)
+                strips.append(Strip(name, faces, SHEET))
+    written = [folder / f"{name}.png" for name in ("latents", "errors", "samples", "walks")]
+    plot_latents(latents, written[0])
+    plot_errors(errors, written[1])
+    save_sheet(samples, written[2], scale=2)
+    save_sheet(walks, written[3], scale=2)
+    return written

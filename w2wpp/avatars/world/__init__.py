@@ -1,0 +1,1 @@
+"""What the miniature world is: renderer, base model, painter, embedder."""

@@ -1,0 +1,229 @@
+"""Command-line verbs on spaces, identities and LoRA files."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..edits import edit
+from ..encode import encode_lora, read_any
+from ..errors import ConfigError
+from ..files.container import Container, open_container
+from ..identity import Identity, concat, interpolate, load_identity, save_identity
+from ..lora.files import FORMATS, load_lora, save_lora
+from ..space import Space
+from ..spacefile import find_space, load_space
+from ..training.report import without_curves
+
+Verbs = Any  # argparse's collection of subparsers has no public type
+
+
+def register(verbs: Verbs) -> None:
+    p = verbs.add_parser("info", help="what a space, identity, data set or LoRA file holds")
+    p.add_argument("file", metavar="FILE")
+    p.set_defaults(run=info)
+
+    p = verbs.add_parser("sample", help="draw new identities from a space")
+    p.add_argument("space", metavar="SPACE")
+    p.add_argument("--seed", type=int, required=True, help="same seed, same identity, anywhere")
+    p.add_argument("-n", type=int, default=1, help="how many (default 1)")
+    p.add_argument("--truncation", type=float, default=1.0, help="below 1: closer to the mean")
+    p.add_argument("-o", "--output", required=True, metavar="ID")
+    p.set_defaults(run=sample)
+
+    p = verbs.add_parser("interpolate", help="walk from one identity to another")
+    p.add_argument("a", metavar="ID_A")
+    p.add_argument("b", metavar="ID_B")
+    p.add_argument("--steps", type=int, required=True, help="how many, both ends included")
+    p.add_argument("--mode", choices=("slerp", "lerp"), default="slerp")
+    p.add_argument("-o", "--output", required=True, metavar="ID")
+    p.set_defaults(run=interpolate_files)
+
+    p = verbs.add_parser("edit", help="change attributes of identities")
+    p.add_argument("identity", metavar="ID")
+    p.add_argument("changes", nargs="+", metavar="NAME=STRENGTH", help="in standard deviations")
+    p.add_argument("--space", help="the space file; found among the shipped ones by default")
+    p.add_argument("-o", "--output", required=True, metavar="ID")
+    p.set_defaults(run=edit_file)
+
+    p = verbs.add_parser("encode", help="bring LoRA files into a space")
+    p.add_argument("space", metavar="SPACE")
+    p.add_argument("loras", nargs="+", metavar="LORA")
+    p.add_argument("--residual", action="store_true", help="keep what the latents can't express")
+    p.add_argument("-o", "--output", required=True, metavar="ID")
+    p.set_defaults(run=encode)
+
+    p = verbs.add_parser("export", help="write identities as plain LoRA files")
+    p.add_argument("identity", metavar="ID")
+    p.add_argument("--space", help="the space file; found among the shipped ones by default")
+    p.add_argument("--format", choices=FORMATS, default="kohya", help="kohya is read everywhere")
+    p.add_argument("--strength", type=float, default=1.0, help="advice, stored in the metadata")
+    p.add_argument("-o", "--output", required=True, metavar="LORA")
+    p.set_defaults(run=export)
+
+
+def info(args: argparse.Namespace) -> dict[str, Any]:
+    file = open_container(args.file)
+    kind = file.metadata.get("format", "")
+    known = {"w2wpp.space": _space_info, "w2wpp.identity": _identity_info}
+    if kind in known:
+        return {"format": kind, **known[kind](args.file)}
+    if kind.startswith("w2wpp."):
+        return {"format": kind, **_file_info(file)}
+    return {"format": "lora", **_lora_info(args.file)}
+
+
+def sample(args: argparse.Namespace) -> dict[str, Any]:
+    space = load_space(args.space)
+    generator = torch.Generator().manual_seed(_seed(args.seed))
+    identity = space.sample(args.n, generator=generator, truncation=args.truncation)
+    return saved(identity, args.output)
+
+
+def interpolate_files(args: argparse.Namespace) -> dict[str, Any]:
+    a, b = load_identity(args.a), load_identity(args.b)
+    return saved(interpolate(a, b, steps=args.steps, mode=args.mode), args.output)
+
+
+def encode(args: argparse.Namespace) -> dict[str, Any]:
+    space = load_space(args.space)
+    files = [read_any(path) for path in args.loras]
+    found = [encode_lora(space, file, residual=args.residual) for file in files]
+    names = [Path(path).name for path in args.loras]
+    identity = concat([person for person, _ in found])
+    identity = replace(identity, provenance={"made_by": "encode", "files": names})
+    reports = {name: report.to_json() for name, (_, report) in zip(names, found)}
+    r2 = {name: report["weight_r2"] for name, report in reports.items()}
+    return {**saved(identity, args.output), "weight_r2": r2, "loras": reports}
+
+
+def edit_file(args: argparse.Namespace) -> dict[str, Any]:
+    identity = load_identity(args.identity)
+    strengths = dict(_change(text) for text in args.changes)
+    edited = edit(identity, _space_of(identity, args), strengths)
+    return {**saved(edited, args.output), "strengths": strengths}
+
+
+def export(args: argparse.Namespace) -> dict[str, Any]:
+    identity = load_identity(args.identity)
+    space = _space_of(identity, args)
+    vectors = identity.vectors(space)
+    files = _numbered(Path(args.output), len(vectors))
+    for i, (w, file) in enumerate(zip(vectors, files)):
+        metadata = lora_metadata(space, identity[i], args.strength)
+        lora = space.layout.unpack(w)
+        save_lora(lora, file, format=args.format, alpha=space.layout.alpha, metadata=metadata)
+    return {"loras": [str(f) for f in files], "format": args.format, "space": space.name}
+
+
+def lora_metadata(space: Space, identity: Identity, strength: float = 1.0) -> dict[str, str]:
+    """What an exported LoRA says of itself."""
+    facts = {
+        "w2wpp.space": f"{space.name} {space.version}".strip(),
+        "w2wpp.space_fingerprint": space.fingerprint,
+        "w2wpp.provenance": json.dumps(dict(identity.provenance), sort_keys=True),
+        "w2wpp.licence": space.licence,
+        "w2wpp.base_model": space.base_model,
+        "w2wpp.trigger_prompt": space.trigger_prompt,
+        "w2wpp.strength": repr(float(strength)),
+    }
+    return {k: v for k, v in facts.items() if v}
+
+
+def _space_of(identity: Identity, args: argparse.Namespace) -> Space:
+    """The space that was named, or the one nearby that the identity was made in."""
+    nearby = [Path(args.identity).resolve().parent, Path.cwd()]
+    return load_space(args.space or find_space(identity.space_fingerprint, nearby))
+
+
+def _change(text: str) -> tuple[str, float]:
+    name, _, strength = text.partition("=")
+    try:
+        return name, float(strength)
+    except ValueError as e:
+        raise ConfigError(
+            f"A change is written NAME=STRENGTH, as in beard=1.5. Got {text!r}."
+        ) from e
+
+
+def saved(identity: Identity, path: str) -> dict[str, Any]:
+    save_identity(identity, path)
+    facts = {"identity": path, "count": len(identity), "latent_size": identity.z.shape[1]}
+    return {**facts, "space_fingerprint": identity.space_fingerprint}
+
+
+def _seed(seed: int) -> int:
+    if not 0 <= seed < 2**64:
+        raise ConfigError(f"A seed lies between 0 and 2^64 - 1. Got {seed}.")
+    return seed
+
+
+def _numbered(path: Path, count: int) -> list[Path]:
+    """face.safetensors, or face-1.safetensors and so on for several."""
+    if not path.suffix:
+        path = path.with_name(path.name + ".safetensors")
+    if count == 1:
+        return [path]
+    return [path.with_name(f"{path.stem}-{i}{path.suffix}") for i in range(1, count + 1)]
+
+
+def _space_info(path: str) -> dict[str, Any]:
+    space = load_space(path)
+    layout = space.layout
+    return {
+        "name": space.name,
+        "version": space.version,
+        "licence": space.licence,
+        "base_model": space.base_model,
+        "trigger_prompt": space.trigger_prompt,
+        "fingerprint": space.fingerprint,
+        "layout": f"{layout.name}: {len(layout.modules)} modules, P = {layout.size}",
+        "rank": layout.rank,
+        "alpha": layout.alpha,
+        "codec": space.codec.name,
+        "components": space.basis.rank,
+        "latent_size": space.latent_size,
+        "directions": sorted(space.directions),
+        "training": without_curves(space.training_report),
+    }
+
+
+def _identity_info(path: str) -> dict[str, Any]:
+    identity = load_identity(path)
+    lengths = identity.z.norm(dim=1) / identity.z.shape[1] ** 0.5
+    return {
+        "count": len(identity),
+        "latent_size": identity.z.shape[1],
+        "residual": identity.residual is not None,
+        "space_fingerprint": identity.space_fingerprint,
+        "deviation": [round(v, 3) for v in lengths.tolist()],  # 1 for a typical sample
+        "provenance": dict(identity.provenance),
+    }
+
+
+def _lora_info(path: str) -> dict[str, Any]:
+    file = load_lora(path)
+    return {
+        "modules": len(file.lora),
+        "parameters": sum(t.numel() for pair in file.lora.values() for t in pair),
+        "ranks": sorted({a.shape[0] for a, _ in file.lora.values()}),
+        "alphas": sorted(set(file.alphas.values())),
+        "unread_tensors": len(file.unread),
+        "metadata": file.metadata,
+    }
+
+
+def _file_info(file: Container) -> dict[str, Any]:
+    tensors: Sequence[tuple[str, Any]] = sorted(file.entries.items())
+    return {
+        "format_version": file.metadata.get("format_version", ""),
+        "tensors": {
+            n: f"{list(e.shape)} {str(e.dtype).removeprefix('torch.')}" for n, e in tensors
+        },
+    }

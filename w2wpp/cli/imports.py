@@ -1,0 +1,110 @@
+"""Command-line verbs on files of others."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..basis import AffineBasis
+from ..encode import adapter_file, encode_lora
+from ..errors import SpaceMismatch
+from ..files.torchfile import load_tensor
+from ..identity import Identity
+from ..imports.original import read_vae
+from ..imports.w2w import open_w2w, whitened
+from ..imports.w2w_space import w2w_directions, write_w2w_space
+from ..space import Space
+from ..spacefile import load_space, save_space
+from .identities import saved
+from .training import find_layout
+
+
+def register(verbs: Any) -> None:
+    p = verbs.add_parser("import-w2w", help="official weights2weights files to a linear space")
+    p.add_argument("folder", metavar="DIR", help="with mean.pt, std.pt and V.pt")
+    p.add_argument("--components", type=int, help="how many of V's columns (default: all)")
+    p.add_argument("--labels", metavar="CSV", help="attributes of the people of proj_1000pc.pt")
+    p.add_argument("--attributes", nargs="+", metavar="NAME", help="of the table (default: all)")
+    p.add_argument("--against", nargs="+", metavar="NAME", help="edits stay clear of these")
+    p.add_argument("--layout", default="sd15", help="sd15, or a space or data set that has it")
+    p.add_argument("--name", default="weights2weights", help="stored in the space file")
+    p.add_argument("-o", "--output", required=True, metavar="SPACE")
+    p.set_defaults(run=import_w2w)
+
+    p = verbs.add_parser("import-identity", help="a saved identity of the official code")
+    p.add_argument("source", metavar="W2WMODEL.pt", help="or a folder that diffusers exported")
+    p.add_argument("--space", required=True)
+    p.add_argument("--residual", action="store_true", help="keep what the latents can't express")
+    p.add_argument("-o", "--output", required=True, metavar="ID")
+    p.set_defaults(run=import_identity)
+
+    p = verbs.add_parser("import-vae", help="a checkpoint of the w2w++ seed's VAEs")
+    p.add_argument("checkpoint", metavar="CKPT")
+    p.add_argument("--layout", default="sd15", help="sd15, or a space or data set that has it")
+    p.add_argument("--name", default="", help="stored in the space file")
+    p.add_argument("-o", "--output", required=True, metavar="SPACE")
+    p.set_defaults(run=import_vae)
+
+
+def import_w2w(args: argparse.Namespace) -> dict[str, Any]:
+    layout = find_layout(args.layout)
+    source = open_w2w(args.folder, components=args.components, layout=layout)
+    found = None
+    if args.labels:
+        found = w2w_directions(source, args.labels, only=args.attributes, against=args.against)
+    config = write_w2w_space(source, args.output, name=args.name, directions=found)
+    facts = config["provenance"]
+    return {
+        "space": args.output,
+        "fingerprint": config["fingerprint"],
+        "parameters": layout.size,
+        "components": source.components,
+        "prior": source.prior,
+        "negative_deviations": facts["negative_deviations"],
+        "directions": list(found.names) if found else [],
+        "licence": facts["licence"],
+        "trigger_prompt": facts["trigger_prompt"],
+    }
+
+
+def import_identity(args: argparse.Namespace) -> dict[str, Any]:
+    space = load_space(args.space)
+    if Path(args.source).suffix != ".pt":
+        identity, report = encode_lora(space, adapter_file(args.source), residual=args.residual)
+        return {**saved(identity, args.output), **report.to_json()}
+    identity, dropped = _of_coefficients(space, Path(args.source), args.residual)
+    return {**saved(identity, args.output), "energy_beyond_the_space": round(dropped, 6)}
+
+
+def import_vae(args: argparse.Namespace) -> dict[str, Any]:
+    name = args.name or Path(args.checkpoint).stem
+    space = read_vae(args.checkpoint, layout=find_layout(args.layout), name=name)
+    save_space(space, args.output)
+    return {
+        "space": args.output,
+        "fingerprint": space.fingerprint,
+        "parameters": space.layout.size,
+        "codec": space.codec.name,
+        "latent_size": space.latent_size,
+        "licence": space.licence,
+        "trigger_prompt": space.trigger_prompt,
+    }
+
+
+@torch.no_grad()
+def _of_coefficients(space: Space, path: Path, residual: bool) -> tuple[Identity, float]:
+    """The identity of coefficients [B, K'], and the share of them that the space has no components for."""
+    if isinstance(space.basis, AffineBasis):
+        raise SpaceMismatch(
+            f"'{space.name}' has no components; coefficients need a space made by 'w2wpp import-w2w' "
+            "or trained on its basis."
+        )
+    c, dropped = whitened(load_tensor(path, ndim=2), space.basis.singular_values)
+    raw = space.codec.encode(c).mean
+    z = (raw - space.prior_mean) / space.prior_std
+    rest = c - space.codec.decode(raw) if residual else None
+    how = {"made_by": "import-identity", "files": [path.name]}
+    return Identity(z, space.fingerprint, rest, how), dropped

@@ -1,0 +1,80 @@
+"""Verbs register themselves; this file parses, prints and turns errors into exit codes.
+
+Results go to standard output (as one JSON object with --json), everything else to standard error.
+Exit codes: 0, 1 for what is wrong with the user's input, 2 for wrong usage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .. import __version__
+from ..errors import W2WError
+from . import avatars, identities, imports, training
+
+# Each has register(subparsers); a parser's default `run` takes the arguments and returns the result.
+MODULES = (identities, training, imports, avatars)
+EXTRAS = {"diffusers", "matplotlib", "PIL"}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    try:
+        result = args.run(args)
+    except (W2WError, OSError) as e:
+        print(f"w2wpp: {e}", file=sys.stderr)
+        return 1
+    except ModuleNotFoundError as e:
+        if e.name is None or e.name.split(".")[0] not in EXTRAS:
+            raise
+        print(f"w2wpp: '{args.verb}' needs {e.name}: pip install 'w2wpp[avatars]'", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("w2wpp: interrupted", file=sys.stderr)
+        return 130
+    if result:
+        _print(json.dumps(result, allow_nan=False) if args.json else _text(result))
+    return 0
+
+
+def _print(text: str) -> None:
+    """On standard output, which may be a pipe that wanted only the first lines (`w2wpp info FILE | head`)."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        # Python flushes once more on its way out, and would complain again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="w2wpp", description="Identities as points in a space of LoRA weights."
+    )
+    parser.add_argument("--version", action="version", version=f"w2wpp {__version__}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for module in MODULES:
+        module.register(verbs)
+    for verb in verbs.choices.values():
+        with contextlib.suppress(argparse.ArgumentError):  # a verb may declare it itself
+            verb.add_argument("--json", action="store_true", help="print the result as JSON")
+    return parser
+
+
+def _text(result: Mapping[str, Any]) -> str:
+    """One line per entry, nested tables indented."""
+    lines = []
+    for key, value in result.items():
+        if isinstance(value, Mapping):
+            lines.append(f"{key}:")
+            lines += [f"  {line}" for line in _text(value).splitlines()]
+        elif isinstance(value, (list, tuple)):
+            lines.append(f"{key}: {', '.join(str(v) for v in value)}")
+        else:
+            lines.append(f"{key}: {value}")
+    return "\n".join(lines)

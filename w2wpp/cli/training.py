@@ -1,0 +1,333 @@
+"""Command-line verbs from LoRA files to a trained space."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..basis import AffineBasis, AnyBasis
+from ..codecs import CODECS
+from ..encode import aligned, vector_in
+from ..errors import ConfigError, DataError, FormatError
+from ..files.container import open_container
+from ..imports.w2w import LICENCE, TRIGGER_PROMPT, open_w2w
+from ..imports.w2w_space import w2w_basis, w2w_coefficients
+from ..lora.files import load_lora
+from ..lora.layout import SD15, Layout
+from ..spacefile import load_space, save_directions, save_space
+from ..training import start_table
+from ..training.coefficients import (
+    Coefficients,
+    load_coefficients,
+    project_dataset,
+    save_coefficients,
+)
+from ..training.config import VaeTraining, seed_training
+from ..training.dataset import holdout_by_identity, load_dataset, write_dataset
+from ..training.directions import report as directions_report
+from ..training.directions import space_directions
+from ..training.fit_basis import STANDARDISE, fit_basis
+from ..training.fit_vae import fit_vae, linear_space
+from ..training.report import without_curves
+from ..training.run import Progress
+from ..training.schedules import SCHEDULES
+
+LAYOUTS = {"sd15": SD15}
+HELP = {  # options of `train` that set a field of VaeTraining of the same name
+    "latent": "latent size d; for pca the number of components kept",
+    "epochs": "at most",
+    "batch": "rows per step, 0 for all",
+    "lr": "learning rate",
+    "weight_decay": "on matrices",
+    "dropout": "in the residual networks of vae-skip",
+    "input_noise": "deviation of noise on the coefficients",
+    "beta": "final weight of the KL term",
+    "warmup": "epochs of KL annealing",
+    "free_bits": "nats per latent unit without cost",
+    "validation": "share of the training persons for early stopping",
+    "patience": "epochs without a better value, 0 for no early stop",
+    "seed": "of everything random",
+}
+
+
+def register(verbs: Any) -> None:
+    p = verbs.add_parser("dataset", help="gather LoRA files into a data set of vectors")
+    p.add_argument("folders", nargs="+", metavar="LORA_DIR")
+    p.add_argument("--layout", default="sd15", help="sd15, or a space or data set that has it")
+    p.add_argument(
+        "--identity",
+        choices=("file", "folder"),
+        default="file",
+        help="whether each file or each folder is one person",
+    )
+    p.add_argument("--heldout", type=float, default=0.2, help="share of the persons (default 0.2)")
+    p.add_argument("--seed", type=int, default=0, help="which persons are held out")
+    p.add_argument("--labels", metavar="CSV", help="first column: the file's name or stem")
+    p.add_argument(
+        "--gauge",
+        default="keep",
+        metavar="keep|first|SPACE",
+        help="keep the files' own; or bring every LoRA, of any rank, into that of the first file or of a space",
+    )
+    p.add_argument("-o", "--output", required=True, metavar="DATA")
+    p.set_defaults(run=dataset)
+
+    p = verbs.add_parser("fit-basis", help="principal components of a data set, streamed")
+    p.add_argument("data", metavar="DATA")
+    p.add_argument("--components", type=int, required=True)
+    p.add_argument("--standardise", choices=STANDARDISE, default="parameter")
+    p.add_argument("-o", "--output", required=True, metavar="BASIS")
+    p.set_defaults(run=basis)
+
+    p = verbs.add_parser("train", help="train a space on a basis and its coefficients")
+    p.add_argument(
+        "basis",
+        metavar="BASIS",
+        help="from fit-basis, or a folder of official w2w files; for --codec seed a data set",
+    )
+    p.add_argument(
+        "--components",
+        type=int,
+        help="of a folder of official files (default: all that have coefficients)",
+    )
+    p.add_argument("--codec", choices=sorted(CODECS), default=VaeTraining.codec)
+    p.add_argument("--kl", choices=sorted(SCHEDULES), help="KL annealing")
+    p.add_argument("--hidden", type=int, nargs="*", help="widths of the networks")
+    types = {f.name: type(f.default) for f in fields(VaeTraining)}
+    for name, text in HELP.items():
+        default = f" (default {getattr(VaeTraining, name)})"
+        p.add_argument(f"--{name.replace('_', '-')}", type=types[name], help=text + default)
+    p.add_argument("--layout", default="sd15", help="of official w2w files (default sd15)")
+    p.add_argument("--checkpoint", metavar="FILE", help="saved there; taken up again if it exists")
+    for fact in ("name", "space-version", "licence", "trigger-prompt"):
+        p.add_argument(f"--{fact}", default="", help="stored in the space file")
+    p.add_argument("-o", "--output", required=True, metavar="SPACE")
+    p.set_defaults(run=train)
+    _register_directions(verbs)
+    start_table.register(verbs)
+
+
+def _register_directions(verbs: Any) -> None:
+    p = verbs.add_parser("directions", help="give a space attribute directions to edit along")
+    p.add_argument("space", metavar="SPACE")
+    p.add_argument("data", metavar="DATA", help="a data set with labels")
+    p.add_argument("--only", nargs="+", metavar="NAME", help="these attributes (default: all)")
+    p.add_argument(
+        "--against", nargs="+", metavar="NAME", help="stay clear of these (default: all)"
+    )
+    p.add_argument("--naive", action="store_true", help="plain least squares, without de-biasing")
+    p.add_argument("-o", "--output", required=True, metavar="SPACE")
+    p.set_defaults(run=directions)
+
+
+def directions(args: argparse.Namespace) -> dict[str, Any]:
+    space, data = load_space(args.space), load_dataset(args.data)
+    found = space_directions(
+        space, data, only=args.only, debias=not args.naive, against=args.against
+    )
+    facts = directions_report(found, not args.naive)
+    save_directions(args.space, args.output, found.as_mapping(), facts)
+    return {"space": args.output, "fingerprint": space.fingerprint, "directions": facts}
+
+
+def dataset(args: argparse.Namespace) -> dict[str, Any]:
+    layout = find_layout(args.layout)
+    paths = sorted(p for folder in args.folders for p in Path(folder).rglob("*.safetensors"))
+    if not paths:
+        raise DataError(f"No .safetensors files in {', '.join(args.folders)}.")
+    persons = [str(p.parent if args.identity == "folder" else p) for p in paths]
+    number = {person: i for i, person in enumerate(dict.fromkeys(persons))}
+    identity = torch.tensor([number[person] for person in persons])
+    generator = torch.Generator().manual_seed(args.seed)
+    heldout = holdout_by_identity(identity, args.heldout, generator=generator)
+    labels, names = _labels(args.labels, paths) if args.labels else (None, ())
+    written = write_dataset(
+        args.output,
+        (vector[None] for vector in _vectors(paths, layout, args.gauge)),
+        layout,
+        identity,
+        heldout=heldout,
+        labels=labels,
+        label_names=names,
+        provenance={"files": [p.name for p in paths], "identity": args.identity, "seed": args.seed},
+    )
+    return {
+        "data": args.output,
+        "rows": len(written),
+        "parameters": layout.size,
+        "persons": len(number),
+        "heldout_rows": len(written.heldout_rows),
+        "labels": list(names),
+    }
+
+
+def _vectors(paths: Sequence[Path], layout: Layout, gauge: str) -> Iterator[Tensor]:
+    """The vectors [P] of files, in the gauge asked for."""
+    if gauge == "keep":
+        yield from (load_lora(path).vector(layout) for path in paths)
+        return
+    if gauge != "first":
+        space = load_space(gauge)
+        if space.layout != layout:
+            raise ConfigError(
+                f"{gauge} has the layout '{space.layout.name}'; give it as --layout too."
+            )
+        yield from (vector_in(space, load_lora(path)) for path in paths)
+        return
+    first = aligned(load_lora(paths[0]), layout, None)
+    yield from (aligned(load_lora(path), layout, first) for path in paths)
+
+
+def basis(args: argparse.Namespace) -> dict[str, Any]:
+    data = load_dataset(args.data)
+    fitted = fit_basis(data, args.components, standardise=args.standardise)
+    coefficients = project_dataset(data, fitted)
+    save_coefficients(args.output, coefficients, fitted)
+    r2 = linear_space(coefficients, fitted).training_report["weight_r2"]
+    sizes = {"rows": len(data), "parameters": fitted.size, "components": fitted.rank}
+    return {"basis": args.output, **sizes, "weight_r2": r2}
+
+
+def train(args: argparse.Namespace) -> dict[str, Any]:
+    coefficients, fitted = _training_input(args)
+    facts = {
+        "name": args.name or Path(args.output).stem,
+        "version": args.space_version,
+        "licence": args.licence,
+        "trigger_prompt": args.trigger_prompt,
+        "data": dict(coefficients.provenance),
+    }
+    if args.codec == "pca":
+        space = linear_space(coefficients, fitted, provenance=facts)
+    else:
+        space = fit_vae(
+            coefficients,
+            fitted,
+            _settings(args),
+            callback=_progress_bar(),
+            checkpoint=args.checkpoint,
+            provenance=facts,
+        )
+    save_space(space, args.output)
+    report = without_curves(space.training_report)
+    return {"space": args.output, "fingerprint": space.fingerprint, "training": report}
+
+
+def _training_input(args: argparse.Namespace) -> tuple[Coefficients, AnyBasis]:
+    if Path(args.basis).is_dir():
+        return _w2w_input(args)
+    kind = open_container(args.basis).metadata.get("format")
+    if kind == "w2wpp.dataset":
+        if args.codec != "seed":
+            raise FormatError(f"{args.basis} is a data set; run 'w2wpp fit-basis' on it first.")
+        data = load_dataset(args.basis)
+        affine = AffineBasis(data.layout.size, scale=10.0)
+        return project_dataset(data, affine), affine
+    coefficients, fitted = load_coefficients(args.basis)
+    if args.codec == "pca" and args.latent is not None:
+        cut = fitted.truncated(args.latent)
+        return coefficients.truncated(args.latent, fitted.singular_values), cut
+    return coefficients, fitted
+
+
+def _w2w_input(args: argparse.Namespace) -> tuple[Coefficients, AnyBasis]:
+    """Official files: V.pt and the coefficients of the real identities, whose licence the space inherits."""
+    if args.codec == "seed":
+        raise ConfigError("The seed's codec learns from raw vectors; official files hold none.")
+    args.licence, args.trigger_prompt = (
+        args.licence or LICENCE,
+        args.trigger_prompt or TRIGGER_PROMPT,
+    )
+    most = args.latent if args.codec == "pca" and args.latent else args.components
+    source = open_w2w(args.basis, layout=find_layout(args.layout))
+    stored = source.v.shape[1]
+    if source.coefficients is not None:
+        stored = min(stored, source.coefficients.shape[1])
+    source = open_w2w(args.basis, components=most or stored, layout=source.layout)
+    return w2w_coefficients(source), w2w_basis(source)
+
+
+def _settings(args: argparse.Namespace) -> VaeTraining:
+    changes = {name: getattr(args, name) for name in HELP if getattr(args, name) is not None}
+    if args.kl is not None:
+        changes["kl"] = args.kl
+    if args.hidden is not None:
+        changes["hidden"] = tuple(args.hidden)
+    if args.codec == "seed":
+        return seed_training(**changes)
+    return VaeTraining(codec=args.codec, **changes)
+
+
+def _progress_bar() -> Callable[[Progress], None]:
+    """A bar on standard error where tqdm is there, a line every 25 epochs where it is not."""
+    try:
+        from tqdm import tqdm
+    except ModuleNotFoundError:
+        return _print_line
+    bars: dict[str, Any] = {}
+
+    def show(p: Progress) -> None:
+        if p.stage not in bars:
+            bars[p.stage] = tqdm(desc=p.stage, total=p.epochs, unit="epoch", file=sys.stderr)
+        bar = bars[p.stage]
+        bar.update(p.epoch - bar.n)
+        bar.set_postfix(loss=f"{p.loss:.4f}", kl=f"{p.kl:.1f}", best=f"{p.best:.4f}")
+
+    return show
+
+
+def _print_line(p: Progress) -> None:
+    if p.epoch % 25 == 0 or p.epoch == p.epochs:
+        print(f"{p.stage} epoch {p.epoch}: loss {p.loss:.4f}, best {p.best:.4f}", file=sys.stderr)
+
+
+def find_layout(name: str) -> Layout:
+    if name in LAYOUTS:
+        return LAYOUTS[name]
+    path = Path(name)
+    if path.suffix == ".json":
+        try:
+            return Layout.from_json(json.loads(path.read_text(encoding="utf-8")))
+        except json.JSONDecodeError as e:
+            raise FormatError(f"{path} is not JSON.") from e
+    config = json.loads(open_container(path).metadata.get("config", "{}"))
+    if "layout" not in config:
+        raise ConfigError(
+            f"{path} holds no layout; name {', '.join(LAYOUTS)}, a space or a data set."
+        )
+    return Layout.from_json(config["layout"])
+
+
+def _labels(path: str, loras: Sequence[Path]) -> tuple[Tensor, tuple[str, ...]]:
+    """[N, A] in the order of the files, from a table whose first column names them."""
+    with open(path, newline="", encoding="utf-8-sig") as f:
+        table = list(csv.reader(f))
+    if len(table) < 2 or len(table[0]) < 2:
+        raise FormatError(f"{path} needs a header line and a column of names before the labels.")
+    rows = {row[0]: row[1:] for row in table[1:] if row}
+    return torch.stack(list(_label_rows(path, rows, loras, len(table[0]) - 1))), tuple(table[0][1:])
+
+
+def _label_rows(
+    path: str, rows: dict[str, list[str]], loras: Sequence[Path], count: int
+) -> Iterator[Tensor]:
+    for lora in loras:
+        found = next((rows[k] for k in (lora.name, lora.stem, lora.parent.name) if k in rows), None)
+        if found is None:
+            raise DataError(f"{path} has no line for {lora.name}.")
+        try:
+            values = torch.tensor([float(v) for v in found])
+        except ValueError as e:
+            raise FormatError(f"{path}: the labels of {lora.name} are not all numbers.") from e
+        if len(values) != count:
+            raise FormatError(f"{path}: {lora.name} has {len(values)} labels, the header {count}.")
+        yield values

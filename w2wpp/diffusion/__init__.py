@@ -1,0 +1,1 @@
+"""Diffusion without a host: noise schedule and sampler."""

@@ -1,0 +1,1 @@
+"""What files are: the container of our own, torch files of others, pictures, tables."""

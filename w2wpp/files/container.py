@@ -1,0 +1,296 @@
+"""The one kind of file this project writes: safetensors whose metadata says format, version and
+configuration.
+
+The header is checked in full before a tensor is allocated, tensors are read one by one when asked
+for, and files are written beside their target and renamed. Reading and writing are done here rather
+than with the safetensors package because that one maps the file into memory (which keeps Windows
+from replacing it), writes the metadata in no fixed order (so that equal contents give different
+bytes) and can't stream a tensor that does not fit in memory.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from ..errors import FormatError
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors format itself
+MAX_DIMENSIONS = 8
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What the header says of one tensor; offsets count from the start of the file."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """A tensor to write that exists only chunk by chunk along its first dimension."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    chunks: Iterable[Tensor]
+
+
+@dataclass(frozen=True)
+class Container:
+    """An opened file: the checked header, and tensors on demand. No handle stays open between reads."""
+
+    path: Path
+    metadata: dict[str, str]
+    entries: dict[str, Entry]
+    config: dict[str, Any] = field(default_factory=dict)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.entries
+
+    def require(self, name: str, shape: tuple[int | None, ...], *dtypes: torch.dtype) -> Entry:
+        """The entry of a tensor that must exist with this shape (None: any) and such a dtype."""
+        if name not in self.entries:
+            raise FormatError(f"{self.path}: the tensor '{name}' is missing. Make the file again.")
+        entry = self.entries[name]
+        fits = len(entry.shape) == len(shape) and all(
+            want is None or got == want for got, want in zip(entry.shape, shape)
+        )
+        if not fits or (dtypes and entry.dtype not in dtypes):
+            wanted = "[" + ", ".join("any" if n is None else str(n) for n in shape) + "]"
+            raise FormatError(
+                f"{self.path}: the tensor '{name}' is {list(entry.shape)} {entry.dtype}, expected "
+                f"{wanted} "
+                f"{' or '.join(str(d) for d in dtypes)}. Make the file again."
+            )
+        return entry
+
+    def read(self, name: str, *, finite: bool = True) -> Tensor:
+        entry = self.entries[name]
+        return self._read(name, entry.start, entry.shape, finite)
+
+    def read_rows(self, name: str, start: int, stop: int, *, finite: bool = True) -> Tensor:
+        """Rows start to stop of a tensor, without touching the others."""
+        entry = self.entries[name]
+        row = (entry.stop - entry.start) // max(entry.shape[0], 1)
+        shape = (max(0, min(stop, entry.shape[0]) - start), *entry.shape[1:])
+        return self._read(name, entry.start + start * row, shape, finite)
+
+    # A host may read inside its inference mode; weights made there could never take part in a
+    # gradient later.
+    @torch.inference_mode(False)
+    def _read(self, name: str, start: int, shape: tuple[int, ...], finite: bool) -> Tensor:
+        tensor = torch.empty(shape, dtype=self.entries[name].dtype)
+        if tensor.numel() == 0:
+            return tensor
+        target = _bytes(tensor).numpy().data
+        with open(self.path, "rb") as f:
+            f.seek(start)
+            if f.readinto(target) != len(target):  # type: ignore[attr-defined]
+                raise FormatError(f"{self.path}: the file became shorter while '{name}' was read.")
+        if finite and tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise FormatError(f"{self.path}: the tensor '{name}' holds NaN or infinite numbers.")
+        return tensor
+
+
+def open_container(
+    path: str | os.PathLike[str], format: str | None = None, *, versions: tuple[str, ...] = ("1",)
+) -> Container:
+    """Open a safetensors file and check its header; with `format`, what it is and its version."""
+    path = Path(path)
+    header = _read_header(path)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise FormatError(f"{path}: the metadata of a safetensors file must be a table of strings.")
+    size = path.stat().st_size
+    start = 8 + _header_length(path)
+    entries = {name: _entry(path, name, data, start, size) for name, data in header.items()}
+    _check_tiling(path, entries, start, size)
+    config = _config(path, metadata, format, versions) if format else {}
+    return Container(path, metadata, entries, config)
+
+
+def write_container(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, Tensor | Streamed],
+    *,
+    format: str | None = None,
+    version: str = "1",
+    config: Mapping[str, Any] | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write a safetensors file beside the target, then rename it: no reader meets half a file."""
+    path = Path(path)
+    texts = dict(metadata or {})
+    if format is not None:
+        # NaN is no JSON: a report that holds one must fail here and not at the reader.
+        body = json.dumps(config or {}, sort_keys=True, allow_nan=False)
+        texts.update(format=format, format_version=version, config=body)
+    header = _build_header(tensors, texts)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as f:
+            f.write(struct.pack("<Q", len(header)) + header)
+            for name in sorted(tensors):
+                _write_tensor(f, name, tensors[name])
+        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes private files
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _header_length(path: Path) -> int:
+    with open(path, "rb") as f:
+        first = f.read(8)
+    if len(first) < 8:
+        raise FormatError(f"{path} is not a safetensors file: it has only {len(first)} bytes.")
+    return int(struct.unpack("<Q", first)[0])
+
+
+def _read_header(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FormatError(f"{path}: no such file.")
+    length, size = _header_length(path), path.stat().st_size
+    if length > MAX_HEADER:
+        raise FormatError(
+            f"{path} is not a safetensors file: it claims a header of {length:,} bytes."
+        )
+    if 8 + length > size:
+        raise FormatError(
+            f"{path} is truncated: its header needs {8 + length:,} bytes, the file has {size:,}. "
+            "Get the file again."
+        )
+    with open(path, "rb") as f:
+        f.seek(8)
+        raw = f.read(length)
+    try:
+        header = json.loads(raw)
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as e:
+        raise FormatError(f"{path} is not a safetensors file: its header is not JSON.") from e
+    if not isinstance(header, dict):
+        raise FormatError(f"{path} is not a safetensors file: its header is not a table.")
+    return header
+
+
+def _entry(path: Path, name: str, data: Any, start: int, size: int) -> Entry:
+    try:
+        kind, shape, (first, last) = data["dtype"], data["shape"], data["data_offsets"]
+        whole = all(type(n) is int and n >= 0 for n in (*shape, first, last))
+    except (KeyError, TypeError, ValueError) as e:
+        raise FormatError(f"{path}: the header entry of '{name}' does not read as a tensor.") from e
+    if kind not in DTYPES:
+        raise FormatError(
+            f"{path}: the tensor '{name}' has the type {kind}, which is not supported."
+        )
+    if not whole or len(shape) > MAX_DIMENSIONS:
+        raise FormatError(f"{path}: the tensor '{name}' has the impossible shape {shape}.")
+    dtype = DTYPES[kind]
+    if last - first != math.prod(shape) * dtype.itemsize:
+        raise FormatError(
+            f"{path}: the tensor '{name}' {shape} {kind} does not fill the {last - first:,} bytes "
+            "the header gives it."
+        )
+    if start + last > size:
+        raise FormatError(
+            f"{path} is truncated: '{name}' ends at byte {start + last:,}, the file has {size:,}. "
+            "Get the file again."
+        )
+    return Entry(dtype, tuple(shape), start + first, start + last)
+
+
+def _check_tiling(path: Path, entries: Mapping[str, Entry], start: int, size: int) -> None:
+    """Tensors must fill the file with neither overlap nor gap, as safetensors itself demands."""
+    for entry in sorted(entries.values(), key=lambda e: (e.start, e.stop)):
+        if entry.start != start:
+            raise FormatError(f"{path}: its tensors overlap or leave gaps. Get the file again.")
+        start = entry.stop
+    if start != size:
+        raise FormatError(
+            f"{path}: {size - start:,} bytes follow the last tensor. Get the file again."
+        )
+
+
+def _config(
+    path: Path, metadata: Mapping[str, str], format: str, versions: tuple[str, ...]
+) -> dict[str, Any]:
+    found, version = metadata.get("format"), metadata.get("format_version")
+    if found != format:
+        is_what = f"a '{found}' file" if found else "a safetensors file without a format of ours"
+        raise FormatError(f"{path} is {is_what}, expected '{format}'.")
+    if version not in versions:
+        raise FormatError(
+            f"{path} is '{format}' version {version}; this release reads {', '.join(versions)}. "
+            "Update w2wpp."
+        )
+    try:
+        config = json.loads(metadata.get("config", ""))
+    except json.JSONDecodeError as e:
+        raise FormatError(f"{path}: its configuration is not JSON.") from e
+    if not isinstance(config, dict):
+        raise FormatError(f"{path}: its configuration is not a table.")
+    return config
+
+
+def _build_header(tensors: Mapping[str, Tensor | Streamed], metadata: Mapping[str, str]) -> bytes:
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    offset = 0
+    for name in sorted(tensors):
+        t = tensors[name]
+        stop = offset + math.prod(t.shape) * t.dtype.itemsize
+        header[name] = {
+            "dtype": DTYPE_NAMES[t.dtype],
+            "shape": list(t.shape),
+            "data_offsets": [offset, stop],
+        }
+        offset = stop
+    body = json.dumps(header, separators=(",", ":")).encode()
+    return body + b" " * (-len(body) % 8)
+
+
+def _write_tensor(f: BinaryIO, name: str, tensor: Tensor | Streamed) -> None:
+    chunks = tensor.chunks if isinstance(tensor, Streamed) else (tensor,)
+    rows = 0
+    for chunk in chunks:
+        rows += chunk.shape[0] if chunk.ndim else 1
+        flat = chunk.detach().to("cpu", tensor.dtype)
+        if flat.numel():
+            f.write(_bytes(flat.contiguous()).numpy().data)
+    if isinstance(tensor, Streamed) and rows != tensor.shape[0]:
+        raise FormatError(f"'{name}' was announced with {tensor.shape[0]} rows, {rows} arrived.")
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1).view(torch.uint8)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
