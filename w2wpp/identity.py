@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -13,10 +13,20 @@ from torch import Tensor
 from .errors import ConfigError, FormatError, ShapeError, SpaceMismatch
 from .files.container import open_container, write_container
 
-if TYPE_CHECKING:
-    from .space import Space
-
 FORMAT = "w2wpp.identity"
+
+
+class Decoder(Protocol):
+    """What identities need of their space."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    def decode(self, z: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Latents z [B, d] and a residual [B, K] -> vectors [B, P]."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +74,7 @@ class Identity:
     def __iter__(self) -> Iterator[Identity]:
         return (self[i] for i in range(len(self)))
 
-    def vectors(self, space: Space) -> Tensor:
+    def vectors(self, space: Decoder) -> Tensor:
         """The LoRA vectors [B, P]; refuses any space but the one it was made in."""
         require_same_space(self.space_fingerprint, space.fingerprint, space.name)
         return space.decode(self.z, self.residual)
