@@ -12,6 +12,7 @@ from .errors import (
     ShapeError,
     SpaceMismatch,
     W2WError,
+    WriteError,
 )
 from .identity import Identity, concat, interpolate, load_identity, save_identity
 from .inversion import (
@@ -63,6 +64,7 @@ __all__ = [
     "SpaceMismatch",
     "StopInversion",
     "W2WError",
+    "WriteError",
     "build_codec",
     "concat",
     "edit",

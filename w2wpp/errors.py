@@ -27,3 +27,7 @@ class ConfigError(W2WError):
 
 class DataError(W2WError):
     """A training set cannot support what is asked of it."""
+
+
+class WriteError(W2WError, OSError):
+    """A file could not be written: no space, no permission. What was there before is as it was."""

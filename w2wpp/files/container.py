@@ -2,10 +2,12 @@
 configuration.
 
 The header is checked in full before a tensor is allocated, tensors are read one by one when asked
-for, and files are written beside their target and renamed. Reading and writing are done here rather
-than with the safetensors package because that one maps the file into memory (which keeps Windows
-from replacing it), writes the metadata in no fixed order (so that equal contents give different
-bytes) and can't stream a tensor that does not fit in memory.
+for, all through one handle, and files are written beside their target and renamed. Reading and
+writing are done here rather than with the safetensors package because that one maps the file into
+memory (which keeps Windows from replacing it, and ends the process where the file is cut short
+meanwhile), opens it by name for every reader (so that a header and its numbers can come from two
+files), writes the metadata in no fixed order (so that equal contents give different bytes) and
+can't stream a tensor that does not fit in memory.
 """
 
 from __future__ import annotations
@@ -14,7 +16,6 @@ import json
 import math
 import os
 import struct
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,10 @@ import torch
 from torch import Tensor
 
 from ..errors import FormatError
+from .kinds import SEEN, kind_of_bytes
+from .opened import OpenedFile
+from .text import parse_json
+from .writing import replacing
 
 DTYPES = {
     "F64": torch.float64,
@@ -63,12 +68,22 @@ class Streamed:
 
 @dataclass(frozen=True)
 class Container:
-    """An opened file: the checked header, and tensors on demand. No handle stays open between reads."""
+    """An opened file: the checked header, and tensors on demand, all of them of the file that was opened."""
 
-    path: Path
+    file: OpenedFile
     metadata: dict[str, str]
     entries: dict[str, Entry]
     config: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def path(self) -> Path:
+        return self.file.path
+
+    def __enter__(self) -> Container:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
 
     def __contains__(self, name: str) -> bool:
         return name in self.entries
@@ -108,11 +123,10 @@ class Container:
         tensor = torch.empty(shape, dtype=self.entries[name].dtype)
         if tensor.numel() == 0:
             return tensor
-        target = _bytes(tensor).numpy().data
-        with open(self.path, "rb") as f:
-            f.seek(start)
-            if f.readinto(target) != len(target):  # type: ignore[attr-defined]
-                raise FormatError(f"{self.path}: the file became shorter while '{name}' was read.")
+        stored = _bytes(tensor)
+        self.file.read_into(start, stored.numpy().data)
+        if tensor.dtype == torch.bool and int(stored.max()) > 1:
+            raise FormatError(f"{self.path}: the tensor '{name}' holds something else than flags.")
         if finite and tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise FormatError(f"{self.path}: the tensor '{name}' holds NaN or infinite numbers.")
         return tensor
@@ -122,17 +136,19 @@ def open_container(
     path: str | os.PathLike[str], format: str | None = None, *, versions: tuple[str, ...] = ("1",)
 ) -> Container:
     """Open a safetensors file and check its header; with `format`, what it is and its version."""
-    path = Path(path)
-    header = _read_header(path)
+    file = OpenedFile(path)
+    start, header = _read_header(file)
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise FormatError(f"{path}: the metadata of a safetensors file must be a table of strings.")
-    size = path.stat().st_size
-    start = 8 + _header_length(path)
-    entries = {name: _entry(path, name, data, start, size) for name, data in header.items()}
-    _check_tiling(path, entries, start, size)
-    config = _config(path, metadata, format, versions) if format else {}
-    return Container(path, metadata, entries, config)
+        raise FormatError(
+            f"{file.path}: the metadata of a safetensors file must be a table of strings."
+        )
+    entries = {
+        name: _entry(file.path, name, data, start, file.size) for name, data in header.items()
+    }
+    _check_tiling(file.path, entries, start, file.size)
+    config = _config(file.path, metadata, format, versions) if format else {}
+    return Container(file, metadata, entries, config)
 
 
 def write_container(
@@ -145,71 +161,69 @@ def write_container(
     metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write a safetensors file beside the target, then rename it: no reader meets half a file."""
-    path = Path(path)
+    header = _build_header(tensors, _texts(format, version, config, metadata))
+    with replacing(path) as f:
+        f.write(struct.pack("<Q", len(header)) + header)
+        for name in sorted(tensors):
+            _write_tensor(f, name, tensors[name])
+
+
+def _texts(
+    format: str | None,
+    version: str,
+    config: Mapping[str, Any] | None,
+    metadata: Mapping[str, str] | None,
+) -> dict[str, str]:
+    """The metadata of a file to be written."""
     texts = dict(metadata or {})
     if format is not None:
         # NaN is no JSON: a report that holds one must fail here and not at the reader.
         body = json.dumps(config or {}, sort_keys=True, allow_nan=False)
         texts.update(format=format, format_version=version, config=body)
-    header = _build_header(tensors, texts)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as f:
-            f.write(struct.pack("<Q", len(header)) + header)
-            for name in sorted(tensors):
-                _write_tensor(f, name, tensors[name])
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes private files
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    return texts
 
 
-def _header_length(path: Path) -> int:
-    with open(path, "rb") as f:
-        first = f.read(8)
-    if len(first) < 8:
-        raise FormatError(f"{path} is not a safetensors file: it has only {len(first)} bytes.")
-    return int(struct.unpack("<Q", first)[0])
-
-
-def _read_header(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise FormatError(f"{path}: no such file.")
-    length, size = _header_length(path), path.stat().st_size
+def _read_header(file: OpenedFile) -> tuple[int, dict[str, Any]]:
+    """Where the tensors begin, and what is said of them."""
+    path, head = file.path, file.read(0, SEEN)
+    kind = kind_of_bytes(head)
+    if kind and not _may_be_length(head):
+        raise FormatError(f"{path} is not a safetensors file but {kind}.")
+    if len(head) < 8:
+        raise FormatError(f"{path} is not a safetensors file: it has only {len(head)} bytes.")
+    length = int(struct.unpack("<Q", head[:8])[0])
     if length > MAX_HEADER:
         raise FormatError(
             f"{path} is not a safetensors file: it claims a header of {length:,} bytes."
         )
-    if 8 + length > size:
+    if 8 + length > file.size:
         raise FormatError(
-            f"{path} is truncated: its header needs {8 + length:,} bytes, the file has {size:,}. "
+            f"{path} is truncated: its header needs {8 + length:,} bytes, the file has {file.size:,}. "
             "Get the file again."
         )
-    with open(path, "rb") as f:
-        f.seek(8)
-        raw = f.read(length)
-    try:
-        header = json.loads(raw)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as e:
-        raise FormatError(f"{path} is not a safetensors file: its header is not JSON.") from e
+    header = parse_json(file.read(8, length), f"{path} is not a safetensors file: its header")
     if not isinstance(header, dict):
         raise FormatError(f"{path} is not a safetensors file: its header is not a table.")
-    return header
+    return 8 + length, header
+
+
+def _may_be_length(head: bytes) -> bool:
+    """Whether a file that looks like another kind starts as safetensors do all the same."""
+    return len(head) > 8 and head[8:9] == b"{" and struct.unpack("<Q", head[:8])[0] <= MAX_HEADER
 
 
 def _entry(path: Path, name: str, data: Any, start: int, size: int) -> Entry:
     try:
         kind, shape, (first, last) = data["dtype"], data["shape"], data["data_offsets"]
-        whole = all(type(n) is int and n >= 0 for n in (*shape, first, last))
+        whole = all(type(n) is int and 0 <= n < 2**63 for n in (*shape, first, last))
+        known = kind in DTYPES
     except (KeyError, TypeError, ValueError) as e:
         raise FormatError(f"{path}: the header entry of '{name}' does not read as a tensor.") from e
-    if kind not in DTYPES:
+    if not known:
         raise FormatError(
             f"{path}: the tensor '{name}' has the type {kind}, which is not supported."
         )
-    if not whole or len(shape) > MAX_DIMENSIONS:
+    if not whole or len(shape) > MAX_DIMENSIONS or math.prod(n or 1 for n in shape) >= 2**60:
         raise FormatError(f"{path}: the tensor '{name}' has the impossible shape {shape}.")
     dtype = DTYPES[kind]
     if last - first != math.prod(shape) * dtype.itemsize:
@@ -249,10 +263,7 @@ def _config(
             f"{path} is '{format}' version {version}; this release reads {', '.join(versions)}. "
             "Update w2wpp."
         )
-    try:
-        config = json.loads(metadata.get("config", ""))
-    except json.JSONDecodeError as e:
-        raise FormatError(f"{path}: its configuration is not JSON.") from e
+    config = parse_json(metadata.get("config", ""), f"{path}: its configuration")
     if not isinstance(config, dict):
         raise FormatError(f"{path}: its configuration is not a table.")
     return config
@@ -263,6 +274,8 @@ def _build_header(tensors: Mapping[str, Tensor | Streamed], metadata: Mapping[st
     offset = 0
     for name in sorted(tensors):
         t = tensors[name]
+        if t.dtype not in DTYPE_NAMES:
+            raise FormatError(f"'{name}' is of the type {t.dtype}, which is not written.")
         stop = offset + math.prod(t.shape) * t.dtype.itemsize
         header[name] = {
             "dtype": DTYPE_NAMES[t.dtype],
@@ -288,9 +301,3 @@ def _write_tensor(f: BinaryIO, name: str, tensor: Tensor | Streamed) -> None:
 
 def _bytes(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1).view(torch.uint8)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
