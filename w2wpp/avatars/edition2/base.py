@@ -17,8 +17,8 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 
-from ...container import Container, open_container, write_container
 from ...errors import ConfigError
+from ...files.container import Container, open_container, write_container
 from .renderer import IMAGE_SIZE
 from .scene import TRAITS, WORDS
 from .vae import FACTOR, LATENT_CHANNELS

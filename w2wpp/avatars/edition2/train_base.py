@@ -21,7 +21,7 @@ import torch.multiprocessing as multiprocessing
 from torch import Tensor
 
 from ...training import checkpoint as files
-from ..checkpoint import State, load_run, save_run
+from ..build.checkpoint import State, load_run, save_run
 from .base import AvatarBase
 from .renderer import render
 from .scene import TRAITS, Scene, sample_identities, sample_scenes

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checkpoint import State, load_run, save_run
+from ..build.checkpoint import State, load_run, save_run
 from .renderer import render
 from .scene import sample_identities, sample_scenes
 from .vae import AvatarVae

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...container import open_container, write_container
+from ...files.container import open_container, write_container
 
 FORMAT = "w2wpp.avatar_vae"
 LATENT_CHANNELS = 4
