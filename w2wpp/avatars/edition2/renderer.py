@@ -35,6 +35,16 @@ def render(identity: Tensor, scene: Scene, *, size: int = IMAGE_SIZE, chunk: int
     return torch.cat(parts)
 
 
+def render_empty(scene: Scene, *, size: int = IMAGE_SIZE, chunk: int = 8) -> Tensor:
+    """The same places with nobody in them: pictures [B, 3, size, size] in [-1, 1]."""
+    nobody = torch.zeros(len(scene), len(TRAITS))
+    parts = [
+        _Portrait(nobody[start : start + chunk], scene[slice(start, start + chunk)], size).develop()
+        for start in range(0, len(scene), chunk)
+    ]
+    return torch.cat(parts)
+
+
 class _Portrait:
     """One chunk of pictures while it is painted. Fields that vary over the picture are [B, S, S] or broadcast to it."""
 
@@ -73,8 +83,11 @@ class _Portrait:
         self._eyes()
         self._hair_in_front()
         self._glasses()
-        pixels = self.canvas.pixels.clamp(0, 1)
-        return F.avg_pool2d(pixels, FINER) * 2 - 1
+        return self.develop()
+
+    def develop(self) -> Tensor:
+        """What is on the canvas, at the picture's size and in [-1, 1]."""
+        return F.avg_pool2d(self.canvas.pixels.clamp(0, 1), FINER) * 2 - 1
 
     def _choose_colours(self) -> None:
         tone, hue = self.flat["skin_tone"], self.flat["skin_hue"]

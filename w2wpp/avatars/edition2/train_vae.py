@@ -23,9 +23,9 @@ class VaeTraining:
     """How the autoencoder is trained."""
 
     seed: int = 4
-    pictures: int = 8_000  # rendered once, every one of another person
-    steps: int = 6_000
-    batch: int = 16
+    pictures: int = 4_000  # rendered once, every one of another person
+    steps: int = 7_000
+    batch: int = 8
     learning_rate: float = 2e-3  # peak; linear warm-up, cosine to zero
     average: float = 0.998  # decay of the averaged copy, which is what is kept
     absolute: float = 0.05  # weight of the mean absolute error beside the squared one: crisper edges
