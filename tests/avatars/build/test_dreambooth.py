@@ -4,7 +4,8 @@ import torch
 
 from w2wpp.avatars.world.base import AvatarBase
 from w2wpp.avatars.world.adapters import avatar_layout
-from w2wpp.avatars.build.dreambooth import DreamBooth, _Photographs, initial_vector, measure_start, train_loras
+from w2wpp.avatars.build.dreambooth import DreamBooth, _Photographs, people_loss
+from w2wpp.training.people import initial_vector, measure_start, train_people
 from w2wpp.avatars.world.renderer import sample_identities
 
 CONFIG = DreamBooth(steps=3, pictures=2, photographs=4)
@@ -21,9 +22,11 @@ def _world():
 
 def test_a_person_is_trained_the_same_in_any_company():
     base, layout, people = _world()
-    start = measure_start(base, layout, people, initial_vector(layout), CONFIG, batches=1)
-    together = train_loras(base, layout, people, start, CONFIG)
-    alone = train_loras(base, layout, people[1:2], start, CONFIG, index=torch.tensor([1]))
+    loss = people_loss(base, layout, people, CONFIG)
+    start = measure_start(loss, initial_vector(layout), len(people), batches=1)
+    together = train_people(loss, len(people), start, CONFIG)
+    only = people_loss(base, layout, people[1:2], CONFIG, torch.tensor([1]))
+    alone = train_people(only, 1, start, CONFIG)
     moved = (together[1] - start.vector).norm()
     assert moved > 0
     assert (

@@ -1,16 +1,12 @@
 """Batched DreamBooth: fine-tune a LoRA for each of many people at once (Ruiz et al. 2023, without prior images).
 
 All people are photographed under one protocol: the same conditions, visited in the same order, with the same noise and
-timesteps, so that two LoRAs differ only by whom they show. All start from the same LoRA and take momentum steps under
-one fixed diagonal preconditioner. Adam's own second moments would turn coordinates with little gradient into a random
-walk, and a space learned from such weights learns that walk. ``conditions="own"`` gives every person conditions and
-noise of their own, as in the data of weights2weights: the harder, more realistic set.
+timesteps, so that two LoRAs differ only by whom they show. ``conditions="own"`` gives every person conditions and noise
+of their own, as in the data of weights2weights: the harder, more realistic set. Steps are those of ``training.people``.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,6 +18,7 @@ from ...lora.layout import Layout
 from ..world.base import AvatarBase
 from ...lora.hooks import loras_applied
 from ..world.renderer import Nuisance, render, sample_nuisance
+from ...training.people import PeopleLoss
 
 
 @dataclass(frozen=True)
@@ -39,109 +36,19 @@ class DreamBooth:
     conditions: Literal["common", "own"] = "common"
 
 
-@dataclass(frozen=True)
-class Start:
-    """What all LoRAs share: where they start, and how steps are scaled."""
-
-    vector: Tensor  # [P]
-    preconditioner: Tensor  # [P] root mean square gradient of the pilot, floored
-    norm: float  # average norm of a preconditioned gradient, the unit of DreamBooth.clip
-
-
-def initial_vector(layout: Layout, *, seed: int = 3) -> Tensor:
-    """[P]: A from one shared seed with unit output on unit input, B zero (Hu et al. 2021)."""
-    generator = torch.Generator().manual_seed(seed)
-    lora = {
-        module.name: (
-            torch.randn(layout.rank, module.in_features, generator=generator)
-            / math.sqrt(module.in_features),
-            torch.zeros(module.out_features, layout.rank),
-        )
-        for module in layout.modules
-    }
-    return layout.pack(lora)
-
-
-def measure_start(
+def people_loss(
     base: AvatarBase,
     layout: Layout,
     identity: Tensor,
-    vector: Tensor,
     config: DreamBooth,
-    *,
-    batches: int = 8,
-) -> Start:
-    """The preconditioner at ``vector`` [P]: root mean square gradient over pilot people, plus 0.3 of its mean.
-
-    The floor keeps coordinates without gradient from being blown up into noise.
-    """
-    stream = _Photographs(identity, config)
-    weights = vector.expand(len(identity), -1).clone().requires_grad_(True)
-    squares = torch.zeros_like(vector)
-    gradients = []
-    for step in range(batches):
-        loss = _loss(base, layout, weights, *stream.batch(step))
-        (gradient,) = torch.autograd.grad(loss, weights)
-        gradients.append(gradient)
-        squares += gradient.square().mean(0) / batches
-    root = squares.sqrt()
-    preconditioner = root + 0.3 * root.mean()
-    norm = torch.stack([(g / preconditioner).norm(dim=1).mean() for g in gradients]).mean()
-    return Start(vector, preconditioner, norm.item())
-
-
-def train_loras(
-    base: AvatarBase,
-    layout: Layout,
-    identity: Tensor,
-    start: Start,
-    config: DreamBooth,
-    *,
     index: Tensor | None = None,
-    callback: Callable[[int, float], None] = lambda step, loss: None,
-) -> Tensor:
-    """Fine-tune a LoRA for each identity [N, 20] -> vectors [N, P].
+) -> PeopleLoss:
+    """The loss of identities [N, 20], for ``train_people``.
 
     ``index`` [N] numbers the people, so that own conditions do not depend on how people are grouped into batches.
     """
     stream = _Photographs(identity, config, index)
-    descent = Momentum(start.vector.expand(len(identity), -1), start, config)
-    for step in range(config.steps):
-        weights = descent.weights.requires_grad_(True)
-        loss = _loss(base, layout, weights, *stream.batch(step))
-        (gradient,) = torch.autograd.grad(loss, weights)
-        descent.step(gradient)
-        callback(step + 1, loss.item() / len(identity))
-    return descent.mean()
-
-
-class Momentum:
-    """The steps of a training: momentum under the shared preconditioner, clipped, with a rate that decays to zero."""
-
-    def __init__(self, weights: Tensor, start: Start, config: DreamBooth) -> None:
-        self.weights, self._start, self._config = weights.clone(), start, config  # [N, P]
-        self._velocity, self._sum = torch.zeros_like(weights), torch.zeros_like(weights)
-        self._taken = self._summed = 0
-
-    def step(self, gradient: Tensor) -> None:
-        """gradient [N, P] at ``weights``."""
-        config = self._config
-        self._velocity = (
-            config.momentum * self._velocity
-            + (1 - config.momentum) * gradient / self._start.preconditioner
-        )
-        # A single bad batch may not throw a LoRA off its path.
-        length = self._velocity.norm(dim=1, keepdim=True).clamp_min(1e-12)
-        bound = (config.clip * self._start.norm / length).clamp_max(1.0)
-        rate = config.learning_rate * 0.5 * (1 + math.cos(math.pi * self._taken / config.steps))
-        self.weights = self.weights.detach() - rate * self._velocity * bound
-        if self._taken >= int(config.average_from * config.steps):
-            self._sum, self._summed = self._sum + self.weights, self._summed + 1
-        self._taken += 1
-
-    def mean(self) -> Tensor:
-        """Mean [N, P] of the weights over the last part of the run."""
-        return self._sum / self._summed
+    return lambda weights, step: _loss(base, layout, weights, *stream.batch(step))
 
 
 def _loss(

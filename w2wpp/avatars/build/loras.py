@@ -20,7 +20,8 @@ from ...lora.layout import Layout
 from ...training.dataset import VectorDataset, write_dataset
 from ..world.base import load_base
 from ..world.adapters import TARGETS, avatar_layout
-from .dreambooth import DreamBooth, Start, initial_vector, measure_start, train_loras
+from .dreambooth import DreamBooth, people_loss
+from ...training.people import Start, initial_vector, measure_start, train_people
 from ..world.renderer import TRAITS, sample_identities
 
 FORMAT = "w2wpp.avatar_loras"
@@ -98,14 +99,14 @@ def _start(
     if not path.exists():
         base, pilots = load_base(base_path), config.pilots()
         callback("loras: measuring the pilot's preconditioner")
-        from_zero = measure_start(
-            base, layout, pilots[: config.group], initial_vector(layout), config.training
-        )
+        few = pilots[: config.group]
+        loss = people_loss(base, layout, few, config.training)
+        from_zero = measure_start(loss, initial_vector(layout), len(few))
         files = _train_groups(
             base_path, layout, config, pilots, from_zero, folder / "pilot", workers, callback
         )
         mean = torch.cat([open_container(file, FORMAT).read("vectors") for file in files]).mean(0)
-        start = measure_start(base, layout, pilots[: config.group], mean, config.training)
+        start = measure_start(loss, mean, len(few))
         tensors = {"vector": start.vector, "preconditioner": start.preconditioner}
         write_container(
             path, tensors, format=FORMAT, config={"norm": start.norm, "made_by": _made_by(config)}
@@ -155,7 +156,8 @@ def _work(
         torch.set_num_threads(1)  # threads that wait for each other's processes are slower than one
     base = load_base(base_path)
     for file, rows in shares[worker]:
-        vectors = train_loras(base, layout, identity[rows], start, config.training, index=rows)
+        loss = people_loss(base, layout, identity[rows], config.training, rows)
+        vectors = train_people(loss, len(rows), start, config.training)
         write_container(
             file, {"vectors": vectors}, format=FORMAT, config={"made_by": _made_by(config)}
         )

@@ -68,7 +68,10 @@ def sample_identities(count: int, *, generator: torch.Generator) -> Tensor:
 
 def sample_scenes(count: int, *, generator: torch.Generator) -> Scene:
     """Draw scenes: every word with equal chance, pose and jitter standard normal, clamped to +-2."""
-    words = [torch.randint(len(w), (count,), generator=generator) for w in WORDS.values()]
+    words = {
+        slot: torch.randint(len(choices), (count,), generator=generator)
+        for slot, choices in WORDS.items()
+    }
     pose = torch.randn(count, len(POSE), generator=generator).clamp(-2, 2)
     jitter = torch.randn(count, 3, generator=generator).clamp(-2, 2)
-    return Scene(*words, pose=pose, jitter=jitter)
+    return Scene(**words, pose=pose, jitter=jitter)

@@ -22,7 +22,8 @@ from ...inversion import FAR, NEAR, Adam, Cma, Objective, Pivotal, Recipe
 from ...metrics import estimate, id_scores, pose_diversity
 from ...spacefile import load_space
 from ...training.dataset import load_dataset
-from ..build.dreambooth import DreamBooth, Momentum, measure_start
+from ...training.people import Momentum, measure_start
+from ..build.dreambooth import DreamBooth, people_loss
 from ..build.loras import LoraSet
 from ..world.renderer import sample_nuisance
 from ..world.studio import Studio, open_studio
@@ -258,7 +259,9 @@ def one_picture_dreambooth(
     """The training of the world's own LoRAs, with one picture in place of 32: vectors [N, P] and evaluations."""
     config, layout = DreamBooth(), dataset.layout
     mean = _statistics(material)[0]
-    start = measure_start(studio.base, layout, LoraSet().pilots()[:8], mean, config, batches=4)
+    pilots = LoraSet().pilots()[:8]
+    loss = people_loss(studio.base, layout, pilots, config)
+    start = measure_start(loss, mean, len(pilots), batches=4)
     pictures = portraits(dataset.labels[people], people)
     space = weight_space(layout, mean, torch.ones_like(mean))
     objective = Objective(
