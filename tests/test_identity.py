@@ -57,8 +57,25 @@ def test_slerp_extrapolates_along_the_circle():
 
 
 def test_lerp_is_the_line():
-    path = interpolate(identity([1.0, 0.0]), identity([0.0, 2.0]), positions=[0.25, 1.5], mode="lerp").z
+    path = interpolate(
+        identity([1.0, 0.0]), identity([0.0, 2.0]), positions=[0.25, 1.5], mode="lerp"
+    ).z
     assert path.tolist() == [[0.75, 0.5], [-0.5, 3.0]]
+
+
+@pytest.mark.parametrize("from_opposite", [1e-5, 1e-3, 0.1])
+def test_slerp_follows_the_circle_as_near_to_opposite_as_latents_can_tell(from_opposite):
+    """The middle of nearly opposite ends lies beside them at full length; a straight line would pass by zero."""
+    b = identity([-math.cos(from_opposite), math.sin(from_opposite)])
+    middle = interpolate(identity([1.0, 0.0]), b, positions=[0.5]).z
+    half = (math.pi - from_opposite) / 2
+    expected = torch.tensor([[math.cos(half), math.sin(half)]])
+    assert torch.allclose(middle, expected, atol=1e-3)
+
+
+def test_slerp_of_opposite_ends_goes_straight():
+    middle = interpolate(identity([1.0, 0.0]), identity([-1.0, 5e-7]), positions=[0.5]).z
+    assert torch.allclose(middle, torch.zeros(1, 2), atol=1e-6)
 
 
 @pytest.mark.parametrize("mode", ["slerp", "lerp"])

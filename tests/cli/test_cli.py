@@ -1,10 +1,12 @@
 """The command line as a user meets it: verbs, JSON, exit codes. Runs in this process."""
 
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -69,6 +71,28 @@ def test_from_lora_files_to_a_trained_space(run, loras, dataset):
     assert run("train", "data.safetensors", *seed, "-o", "seed.safetensors")[0] == 0
     code, _, err = run("train", "data.safetensors", "-o", "x.safetensors")
     assert code == 1 and "run 'w2wpp fit-basis' on it first" in err
+
+
+def test_seeded_means_the_same_bytes(run, loras, make_space):
+    """Whatever else drew random numbers before."""
+    save_space(make_space("vae-skip"), "space.safetensors")
+    options = ("--latent", 3, "--epochs", 3, "--hidden", 8, "--validation", 0, "--input-noise", 0.1)
+    calls = {
+        "data": ("dataset", loras, "--layout", "layout.json", "--seed", 3),
+        "basis": ("fit-basis", "data", "--components", 6),
+        "trained": ("train", "basis", "--dropout", 0.2, "--seed", 3, *options),
+        "people": ("sample", "space.safetensors", "--seed", 3, "-n", 2),
+    }
+    for name, call in calls.items():
+        written = []
+        for state in (1, 2):
+            torch.manual_seed(state)
+            np.random.seed(state)
+            random.seed(state)
+            code, _, err = run(*call, "-o", name)
+            assert code == 0, err
+            written.append(Path(name).read_bytes())
+        assert written[0] == written[1], name
 
 
 def test_sample_is_the_librarys_own(run, space_file):

@@ -39,3 +39,21 @@ def test_a_pivotal_stage_keeps_its_share_when_steps_change():
     recipe = replace(FAR["adam"], steps=50, pivotal=Pivotal(steps=10))
     assert recipe.adjusted(steps=100).pivotal == Pivotal(steps=20)
     assert recipe.adjusted(pivotal=0.0).pivotal is None
+
+
+def test_the_numbers_that_were_chosen():
+    """On people whom no figure scores, so a change wants measuring: benchmarks/results/inversion-tried.md."""
+    near = {name: recipe.optimiser for name, recipe in NEAR.items()}
+    assert near == {
+        "adam": Adam(lr=0.02, betas=(0.9, 0.99), anneal=True),
+        "cma": Cma(population=8, sigma=0.05, mode="separable"),
+        "hybrid": Hybrid(starts=4, scales=(0.9, 1.1), spread=0.05, adam=Adam(lr=0.02)),
+    }
+    far = {name: recipe.optimiser for name, recipe in FAR.items()}
+    assert far == {
+        "adam": Adam(lr=0.1),
+        "cma": Cma(population=8, sigma=0.3),
+        "hybrid": Hybrid(starts=4, scales=(0.7, 1.3), spread=0.5, adam=Adam(lr=0.1)),
+    }
+    assert [r.steps for r in (*NEAR.values(), *FAR.values())] == [12, 8, 12, 400, 80, 100]
+    assert [r.objective["draws"] for r in (*NEAR.values(), *FAR.values())] == [8, 4, 8, 1, 8, 4]

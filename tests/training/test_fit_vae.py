@@ -108,10 +108,24 @@ def test_same_seed_same_bits_another_seed_another_space(coefficients, basis):
     assert fit_vae(coefficients, basis, SHORT, generator=given).fingerprint == first.fingerprint
 
 
-def test_training_does_not_touch_the_global_generator(coefficients, basis):
-    state = torch.get_rng_state()
-    fit_vae(coefficients, basis, dataclasses.replace(SHORT, epochs=1))
-    assert torch.equal(torch.get_rng_state(), state)
+# Everything of a training that draws random numbers.
+RANDOM = dataclasses.replace(
+    SHORT, codec="vae-skip", dropout=0.2, input_noise=0.1, validation=0.0, seed=3
+)
+
+
+def test_every_random_number_comes_from_the_seed(coefficients, basis):
+    """Whatever the state of the global generator, which stays as it was."""
+    spaces = []
+    for state in (1, 2):
+        torch.manual_seed(state)
+        before = torch.get_rng_state()
+        spaces.append(fit_vae(coefficients, basis, RANDOM))
+        assert torch.equal(torch.get_rng_state(), before)
+    assert spaces[0].fingerprint == spaces[1].fingerprint
+    for change in ({"dropout": 0.0}, {"seed": 4}, {"input_noise": 0.0}):
+        other = fit_vae(coefficients, basis, dataclasses.replace(RANDOM, **change))
+        assert other.fingerprint != spaces[0].fingerprint
 
 
 @pytest.mark.parametrize("stage", ["search", "final"])
@@ -137,6 +151,19 @@ def test_resumed_run_equals_the_uninterrupted_one(
     assert resumed.training_report == whole.training_report
     finished = fit_vae(coefficients, basis, settings, callback=seen.clear, checkpoint=path)
     assert finished.fingerprint == whole.fingerprint and seen  # no epoch was run again
+
+
+def test_resumed_dropout_goes_on_with_the_same_masks(coefficients, basis, tmp_path, monkeypatch):
+    monkeypatch.setattr("w2wpp.training.fit_vae.CHECKPOINT_EVERY", 2)
+
+    def interrupt(progress):
+        if progress.epoch == 3:
+            raise Stop
+
+    with pytest.raises(Stop):
+        fit_vae(coefficients, basis, RANDOM, callback=interrupt, checkpoint=tmp_path / "run")
+    resumed = fit_vae(coefficients, basis, RANDOM, checkpoint=tmp_path / "run")
+    assert resumed.fingerprint == fit_vae(coefficients, basis, RANDOM).fingerprint
 
 
 def test_checkpoint_of_another_run_is_refused(coefficients, basis, tmp_path):

@@ -34,6 +34,28 @@ class Posterior:
         return self.mean + self.std * noise
 
 
+class Dropout(nn.Module):
+    """Dropout (Srivastava et al. 2014) that can draw from a generator of its own.
+
+    torch.nn.Dropout knows only the global one, which neither a seed of ours nor a checkpoint
+    covers. Masks are drawn on the generator's device, so a CPU generator gives the same ones
+    everywhere.
+    """
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+        self.generator: torch.Generator | None = None  # the global one
+
+    def forward(self, h: Tensor) -> Tensor:
+        """h of any shape; unchanged in evaluation."""
+        if not self.training or self.p == 0:
+            return h
+        where = h.device if self.generator is None else self.generator.device
+        kept = torch.rand(h.shape, generator=self.generator, device=where) >= self.p
+        return h * kept.to(h) / (1.0 - self.p)
+
+
 class Codec(nn.Module):
     """Subclasses define `_encode`, `_decode` and `options`.
 
@@ -70,6 +92,12 @@ class Codec(nn.Module):
 
     def adapt(self, singular_values: Tensor, weight: Tensor, beta: float) -> None:
         """Before training: fit fixed parts to the scales [K], the loss's weights [K] and beta."""
+
+    def draw_from(self, generator: torch.Generator | None) -> None:
+        """Let everything random in training come from a generator (None: the global one again)."""
+        for module in self.modules():
+            if isinstance(module, Dropout):
+                module.generator = generator
 
     def read_later(self, reader: Callable[[], Mapping[str, Tensor]]) -> None:
         """Leave the weights in their file until first use; the codec was built on meta."""

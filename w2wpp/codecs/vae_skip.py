@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from .base import LOGVAR_MAX, LOGVAR_MIN, Codec, Posterior
+from .base import LOGVAR_MAX, LOGVAR_MIN, Codec, Dropout, Posterior
 
 
 class SkipVAE(Codec):
@@ -91,5 +91,5 @@ class SkipVAE(Codec):
 def _mlp(size_in: int, hidden: Sequence[int], dropout: float, operations: Any) -> nn.Sequential:
     layers: list[nn.Module] = []
     for i, o in zip([size_in, *hidden], hidden):
-        layers += [operations.Linear(i, o), nn.SiLU(), nn.Dropout(dropout)]
+        layers += [operations.Linear(i, o), nn.SiLU(), Dropout(dropout)]
     return nn.Sequential(*layers)

@@ -53,6 +53,7 @@ class Run:
         self.weight = self._weight(singular_values)  # [K], of squared errors of coefficients
         self.codec = self._build_codec()
         self.codec.adapt(singular_values, self.weight, training.beta)
+        self.codec.draw_from(self.generator)
         self.schedule = kl_schedule(
             training.kl, beta=training.beta, warmup=training.warmup, epochs=training.epochs
         )
@@ -119,6 +120,7 @@ class Run:
     def finish(self) -> Codec:
         """The codec as it is, frozen."""
         self.codec.requires_grad_(False).eval()
+        self.codec.draw_from(None)
         if self.training.half:
             for p in self.codec.parameters():
                 p.copy_(p.half())
@@ -186,7 +188,7 @@ class Run:
             options["hidden"] = list(t.hidden)
         if t.dropout:
             options["dropout"] = t.dropout
-        # Layers draw their first weights from the global generator, dropout does so at every step.
+        # Layers draw their first weights from the global generator.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(torch.randint(2**62, (), generator=self.generator)))
             return build_codec({"name": t.codec, **options})
