@@ -15,7 +15,7 @@ FLOORS = (
     ("errors",),
     ("files", "metrics", "noise", "plots"),
     ("basis", "lora.layout", "diffusion"),
-    ("codecs", "lora", "start_network"),
+    ("codecs", "flow", "lora", "start_network"),
     ("identity",),
     ("space",),
     ("spacefile", "edits", "encode"),

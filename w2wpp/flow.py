@@ -23,6 +23,8 @@ KNOTS = 24
 class Flow(nn.Module):
     """L rounds, each a rotation [d, d] and a spline for each of the d directions; fitted by ``training.fit_flow``."""
 
+    kind = "gaussianisation"
+
     rotation: Tensor
     x: Tensor
     y: Tensor
@@ -39,11 +41,14 @@ class Flow(nn.Module):
         self.register_buffer("rotation", torch.eye(size).expand(rounds, size, size).clone())
         self.register_buffer("x", line)  # [L, d, M] increasing
         self.register_buffer("y", line.clone())  # [L, d, M] increasing
-        self.register_buffer("slope", torch.ones(rounds, size, knots))  # dy/dx at the knots, positive
+        self.register_buffer(
+            "slope", torch.ones(rounds, size, knots)
+        )  # dy/dx at the knots, positive
 
     @property
     def config(self) -> dict[str, Any]:
-        return {"kind": "gaussianisation", "size": self.size, "rounds": self.rounds, "knots": self.knots}
+        sizes = {"size": self.size, "rounds": self.rounds, "knots": self.knots}
+        return {"kind": self.kind, **sizes}
 
     def forward(self, z: Tensor) -> Tensor:
         """Latents z [B, d] -> standard normal coordinates u [B, d]."""
@@ -58,6 +63,14 @@ class Flow(nn.Module):
             total = total + slopes.log().sum(1)
         return z, total
 
+    def push(self, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
+        """A diagonal Gaussian over latents, [B, d] each -> about the one over u: linearised, correlations left out."""
+        self._check(mean)
+        for rotation, spline in self._rounds():
+            mean, slopes = bend(mean @ rotation.T, *spline)
+            variance = variance @ rotation.square().T * slopes.square()
+        return mean, variance
+
     def inverse(self, u: Tensor) -> Tensor:
         """Standard normal coordinates u [B, d] -> latents z [B, d]."""
         self._check(u)
@@ -68,7 +81,7 @@ class Flow(nn.Module):
     def _rounds(self) -> list[tuple[Tensor, tuple[Tensor, Tensor, Tensor]]]:
         # Rotations are kept in half precision in files; what is left of them must still be undone exactly.
         return [
-            (_orthonormal(r), (x, y, slope))
+            (orthonormal(r), (x, y, slope))
             for r, x, y, slope in zip(self.rotation, self.x, self.y, self.slope)
         ]
 
@@ -79,7 +92,7 @@ class Flow(nn.Module):
             )
 
 
-def _orthonormal(rotation: Tensor) -> Tensor:
+def orthonormal(rotation: Tensor) -> Tensor:
     """The nearest rotation, by one Newton-Schulz step: enough for errors of half precision."""
     return 1.5 * rotation - 0.5 * rotation @ rotation.T @ rotation
 

@@ -17,6 +17,7 @@ from .basis import AnyBasis, check_batch
 from .codecs import Codec, Posterior
 from .errors import ConfigError, DataError, ShapeError
 from .files.container import DTYPE_NAMES
+from .flow import Flow
 from .identity import Identity
 from .lora.layout import Layout
 from .noise import standard_normal
@@ -29,7 +30,8 @@ class Space:
     / prior_std.
 
     So every latent dimension has mean 0 and unit deviation over the training set, whatever the
-    codec, and N(0, I) is the prior to sample from.
+    codec, and N(0, I) is the prior to sample from. A space with a flow sends standardised latents
+    through it on the way out, and back on the way in: its latents are the flow's coordinates.
     """
 
     layout: Layout
@@ -44,6 +46,7 @@ class Space:
         default_factory=dict
     )  # attribute directions [d], standardised latents
     start: StartNetwork | None = None  # picture -> latent, the amortised start of an inversion
+    flow: Flow | None = None  # standardised latents <-> N(0, I) where people are no Gaussian cloud
 
     def __post_init__(self) -> None:
         if (self.layout.size, self.basis.rank) != (self.basis.size, self.codec.coefficient_size):
@@ -63,6 +66,10 @@ class Space:
             raise ShapeError(
                 f"The latents of this codec have {d[0]} dimensions, those of its start network "
                 f"{self.start.latent_size}."
+            )
+        if self.flow is not None and self.flow.size != d[0]:
+            raise ShapeError(
+                f"The latents of this codec have {d[0]} dimensions, those of its flow {self.flow.size}."
             )
         if not bool((self.prior_std > 0).all()):
             raise ConfigError("The prior's standard deviations must be positive.")
@@ -102,14 +109,28 @@ class Space:
             raise DataError("The LoRA vectors to encode hold NaN or infinite numbers.")
         raw = self.codec.encode(self.basis.project(w))
         mean = (raw.mean - self.prior_mean) / self.prior_std
-        return Posterior(mean, raw.logvar - 2.0 * torch.log(self.prior_std))
+        logvar = raw.logvar - 2.0 * torch.log(self.prior_std)
+        if self.flow is None:
+            return Posterior(mean, logvar)
+        mean, variance = self.flow.push(mean, logvar.exp())
+        return Posterior(mean, variance.log())
+
+    def latent_of(self, raw: Tensor) -> Tensor:
+        """Latents of the codec [B, d] -> the space's latents z [B, d], in which N(0, I) is the prior."""
+        z = (raw - self.prior_mean) / self.prior_std
+        return z if self.flow is None else self.flow(z)
+
+    def codec_latent(self, z: Tensor) -> Tensor:
+        """The inverse of ``latent_of``: the space's latents z [B, d] -> latents of the codec [B, d]."""
+        z = z.float() if self.flow is None else self.flow.inverse(z.float())
+        return z * self.prior_std + self.prior_mean
 
     def decode(self, z: Tensor, residual: Tensor | None = None) -> Tensor:
         """Standardised latents z [B, d], and a residual [B, K] in coefficients -> w [B, P]."""
         check_batch(z, self.latent_size, "latents", "d")
         if residual is not None:
             check_batch(residual, self.basis.rank, "a residual", "K")
-        c = self.codec.decode(z.float() * self.prior_std + self.prior_mean)
+        c = self.codec.decode(self.codec_latent(z))
         return self.basis.lift(c if residual is None else c + residual)
 
     def lift(self, c: Tensor) -> Tensor:
@@ -149,6 +170,7 @@ class Space:
             prior_std=self.prior_std.to(device),
             directions={name: t.to(device) for name, t in self.directions.items()},
             start=None if self.start is None else copy.deepcopy(self.start).to(device),
+            flow=None if self.flow is None else copy.deepcopy(self.flow).to(device),
         )
         vars(moved)["fingerprint"] = self.fingerprint
         return moved
@@ -161,6 +183,7 @@ class Space:
             **{f"codec.{name}": t for name, t in self.codec.state_dict().items()},
             "prior.mean": self.prior_mean,
             "prior.std": self.prior_std,
+            **({} if self.flow is None else flow_tensors(self.flow)),
         }
         return {name: compact(t.detach().cpu()) for name, t in parts.items()}
 
@@ -170,6 +193,7 @@ class Space:
             "layout": self.layout.to_json(),
             "basis": self.basis.config(),
             "codec": self.codec.config,
+            **({} if self.flow is None else {"flow": self.flow.config}),
         }
 
     @cached_property
@@ -179,6 +203,11 @@ class Space:
         return fingerprint_of(
             self.architecture(), ((n, t.dtype, t.shape, (t,)) for n, t in tensors)
         )
+
+
+def flow_tensors(flow: Flow) -> dict[str, Tensor]:
+    """A flow's tensors under the names that files give them."""
+    return {f"prior.flow.{name}": t for name, t in flow.state_dict().items()}
 
 
 def fingerprint_of(

@@ -1,7 +1,7 @@
 """Space files: one safetensors that holds weights, standardisation, layout, architecture, version
 and provenance.
 
-    metadata   format "w2wpp.space", format_version "1", config (JSON: layout, basis, codec,
+    metadata   format "w2wpp.space", format_version "1" or "2", config (JSON: layout, basis, codec,
     provenance, fingerprint; start if there is one) basis.*    mean, std [P]; components [K, P] half precision;
     singular_values [K]   (none for an affine basis) codec.*    the codec's parameters, under their
     own names prior.*    mean, std [d] direction.<name> [d] start.*    the start network's parameters, half precision
@@ -26,11 +26,14 @@ from .basis import AffineBasis, AnyBasis, Basis
 from .codecs import Codec, build_codec
 from .errors import ConfigError, FormatError, SpaceMismatch
 from .files.container import Container, Streamed, open_container, write_container
+from .flow import Flow
 from .lora.layout import Layout
 from .space import Space, compact, fingerprint_of
 from .start_network import StartNetwork, build_start
 
 FORMAT = "w2wpp.space"
+# Version 2 has a flow, without which latents would decode to other people: releases that know no flow must refuse it.
+VERSIONS = ("1", "2")
 COPY_BYTES = 64 * 2**20
 FLOATS = (torch.float16, torch.float32)
 
@@ -48,12 +51,13 @@ def save_space(space: Space, path: str | os.PathLike[str]) -> None:
         config["start"] = space.start.config
         start = {f"start.{n}": t.detach().cpu().half() for n, t in space.start.state_dict().items()}
     tensors = {**space.tensors(), **directions, **start}
-    write_container(path, tensors, format=FORMAT, config=config)
+    version = "1" if space.flow is None else "2"
+    write_container(path, tensors, format=FORMAT, version=version, config=config)
 
 
 def load_space(path: str | os.PathLike[str]) -> Space:
     """Open a space; costs its header and the few numbers of its prior."""
-    file = open_container(path, FORMAT)
+    file = open_container(path, FORMAT, versions=VERSIONS)
     try:
         layout = Layout.from_json(file.config["layout"])
         basis = _basis(file, file.config["basis"], layout.size)
@@ -77,6 +81,7 @@ def load_space(path: str | os.PathLike[str]) -> Space:
             if n.startswith("direction.")
         },
         _start(file, file.config["start"]) if "start" in file.config else None,
+        _flow(file, file.config["flow"]) if "flow" in file.config else None,
     )
     vars(space)["fingerprint"] = str(
         fingerprint
@@ -95,7 +100,7 @@ def save_directions(
     Everything else stays as it is, byte by byte, also what this release does not know.
     """
     latent_size = load_space(source).latent_size
-    file = open_container(source, FORMAT)
+    file = open_container(source, FORMAT, versions=VERSIONS)
     wrong = [n for n, t in directions.items() if tuple(t.shape) != (latent_size,)]
     if wrong or not all(bool(torch.isfinite(t).all()) for t in directions.values()):
         raise ConfigError(f"Directions of this space are [{latent_size}], finite: {wrong}.")
@@ -119,7 +124,7 @@ def find_space(fingerprint: str, folders: Iterable[Path] = ()) -> Path:
     for folder in (*folders, shipped):
         for path in sorted(folder.glob("*.safetensors")):
             with contextlib.suppress(FormatError):
-                if open_container(path, FORMAT).config.get("fingerprint") == fingerprint:
+                if open_container(path, FORMAT, versions=VERSIONS).config.get("fingerprint") == fingerprint:
                     return path
     raise SpaceMismatch(
         f"None of the space files nearby has the fingerprint {fingerprint[:8]} that this identity was made in. "
@@ -168,6 +173,23 @@ def _start(file: Container, config: Mapping[str, Any]) -> StartNetwork:
     return network.requires_grad_(False).eval()
 
 
+def _flow(file: Container, config: Mapping[str, Any]) -> Flow:
+    """The map between latents and N(0, I), read at once."""
+    sizes = {name: config.get(name) for name in ("size", "rounds", "knots")}
+    if config.get("kind") != Flow.kind or not all(type(n) is int for n in sizes.values()):
+        raise FormatError(f"{file.path}: this release does not know the flow {dict(config)}.")
+    with torch.device("meta"):
+        flow = Flow(**sizes)
+    for name, t in flow.state_dict().items():
+        file.require(f"prior.flow.{name}", tuple(t.shape), *FLOATS)
+    weights = {name: _single(file, f"prior.flow.{name}") for name in flow.state_dict()}
+    rising = [bool((weights[name].diff(dim=2) > 0).all()) for name in ("x", "y")]
+    if not all(rising) or not bool((weights["slope"] > 0).all()):
+        raise FormatError(f"{file.path}: the splines of this flow are not increasing.")
+    flow.load_state_dict(weights, assign=True)
+    return flow.requires_grad_(False).eval()
+
+
 def _check_budget(file: Container, config: Mapping[str, Any]) -> None:
     """Refuse sizes that the file can't back, before modules are built for them."""
     sizes = [config["coefficient_size"], config["latent_size"], *config.get("hidden", [])]
@@ -180,7 +202,8 @@ def _check_budget(file: Container, config: Mapping[str, Any]) -> None:
 
 def file_fingerprint(file: Container) -> str:
     """The fingerprint of the space in a file, as `Space.fingerprint`, without holding its tensors."""
-    architecture = {key: file.config[key] for key in ("layout", "basis", "codec")}
+    parts_of_it = ("layout", "basis", "codec", "flow")
+    architecture = {key: file.config[key] for key in parts_of_it if key in file.config}
     parts = (
         (name, entry.dtype, entry.shape, _pieces(file, name))
         for name, entry in sorted(file.entries.items())

@@ -104,7 +104,7 @@ def _of_coefficients(space: Space, path: Path, residual: bool) -> tuple[Identity
         )
     c, dropped = whitened(load_tensor(path, ndim=2), space.basis.singular_values)
     raw = space.codec.encode(c).mean
-    z = (raw - space.prior_mean) / space.prior_std
+    z = space.latent_of(raw)
     rest = c - space.codec.decode(raw) if residual else None
     how = {"made_by": "import-identity", "files": [path.name]}
     return Identity(z, space.fingerprint, rest, how), dropped

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, DataError
-from ..flow import KNOTS, Flow, bend
+from ..flow import KNOTS, Flow, bend, orthonormal
 
 FEWEST = 50  # people
 
@@ -30,7 +30,9 @@ class FlowTraining:
     rounds: int = 24  # at most, those included that keep nothing
     judges: float = 0.3  # share of the people on whom a round's directions and bends are judged
     bandwidth: float = 0.6  # of the kernel density, in units of Silverman's rule
-    gain: float = 2.0  # standard errors of its nats per person above zero that a bend must reach to be kept
+    gain: float = (
+        2.0  # standard errors of its nats per person above zero that a bend must reach to be kept
+    )
     patience: int = 2  # turns through all sizes without a bend that is worth it
     seed: int = 0
 
@@ -57,6 +59,7 @@ def fit_flow(z: Tensor, training: FlowTraining | None = None) -> tuple[Flow, dic
     for number in range(training.rounds):
         judges = torch.rand(len(z), generator=generator) < training.judges
         rotation = _leading(current[~judges], sizes[number % len(sizes)], generator)
+        rotation = orthonormal(rotation.half().double())  # as it will come back from a file
         turned = current @ rotation.T
         gain, error = _gain(turned, judges, training)
         kept = gain > training.gain * error
@@ -71,9 +74,8 @@ def fit_flow(z: Tensor, training: FlowTraining | None = None) -> tuple[Flow, dic
         rounds.append((rotation, *splines))
     flow = Flow(size, len(rounds), KNOTS)
     for i, (rotation, x, y, slope) in enumerate(rounds):
-        flow.rotation[i], flow.x[i], flow.y[i], flow.slope[i] = (
-            t.float() for t in (rotation, x, y, slope)
-        )
+        flow.rotation[i] = rotation.half()
+        flow.x[i], flow.y[i], flow.slope[i] = x, y, slope
     report = {"rounds": len(rounds), "people": len(z), "tried": gains}
     return flow.requires_grad_(False).eval(), report
 
@@ -137,7 +139,9 @@ def _splines(z: Tensor, bandwidth: float, kept: Tensor) -> tuple[Tensor, Tensor,
     x = _increasing(x, 1e-3 * spread)
     distance = (x[:, :, None] - z.T[:, None, :]) / width[:, None, None]  # [d, M, N]
     share_below = torch.special.ndtr(distance).mean(2).clamp(1e-6, 1 - 1e-6)
-    density = torch.exp(-0.5 * distance.square()).mean(2) / (width[:, None] * math.sqrt(2 * math.pi))
+    density = torch.exp(-0.5 * distance.square()).mean(2) / (
+        width[:, None] * math.sqrt(2 * math.pi)
+    )
     y = _increasing(torch.special.ndtri(share_below), torch.full_like(spread, 1e-4))
     normal = torch.exp(-0.5 * y.square()) / math.sqrt(2 * math.pi)
     slope = (density / normal).clamp(0.02, 50.0)

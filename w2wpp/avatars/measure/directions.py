@@ -7,7 +7,7 @@ pictures is the edit alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -124,8 +124,7 @@ def _faces(
 
 def _with(space: Space, directions: Mapping[str, Tensor]) -> Space:
     """The space with these directions only; they are no part of its fingerprint."""
-    fields = (space.layout, space.basis, space.codec, space.prior_mean, space.prior_std)
-    other = Space(*fields, space.provenance, dict(directions))
+    other = replace(space, directions=dict(directions))
     vars(other)["fingerprint"] = space.fingerprint
     return other
 
