@@ -175,7 +175,7 @@ def _start(file: Container, config: Mapping[str, Any]) -> StartNetwork:
 
 def _flow(file: Container, config: Mapping[str, Any]) -> Flow:
     """The map between latents and N(0, I), read at once."""
-    sizes = {name: config.get(name) for name in ("size", "rounds", "knots")}
+    sizes: dict[str, Any] = {name: config.get(name) for name in ("size", "rounds", "knots")}
     if config.get("kind") != Flow.kind or not all(type(n) is int for n in sizes.values()):
         raise FormatError(f"{file.path}: this release does not know the flow {dict(config)}.")
     with torch.device("meta"):

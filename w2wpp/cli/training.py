@@ -36,6 +36,7 @@ from ..training.dataset import holdout_by_identity, load_dataset, write_dataset
 from ..training.directions import report as directions_report
 from ..training.directions import space_directions
 from ..training.fit_basis import STANDARDISE, fit_basis
+from ..training.fit_flow import with_flow
 from ..training.fit_vae import fit_vae, linear_space
 from ..training.report import without_curves
 from ..training.run import Progress
@@ -106,6 +107,12 @@ def register(verbs: Any) -> None:
     for name, text in HELP.items():
         default = f" (default {getattr(VaeTraining, name)})"
         p.add_argument(f"--{name.replace('_', '-')}", type=types[name], help=text + default)
+    p.add_argument(
+        "--prior",
+        choices=("gaussian", "flow"),
+        default="gaussian",
+        help="flow: learn how people are spread; what is sampled stays N(0, I) (default gaussian)",
+    )
     p.add_argument("--layout", default="sd15", help="of official w2w files (default sd15)")
     p.add_argument("--checkpoint", metavar="FILE", help="saved there; taken up again if it exists")
     for fact in ("name", "space-version", "licence", "trigger-prompt"):
@@ -217,9 +224,12 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
             checkpoint=args.checkpoint,
             provenance=facts,
         )
+    if args.prior == "flow":
+        space = with_flow(space, coefficients)
     save_space(space, args.output)
     report = without_curves(space.training_report)
-    return {"space": args.output, "fingerprint": space.fingerprint, "training": report}
+    flow = {"flow": space.provenance["flow"]} if args.prior == "flow" else {}
+    return {"space": args.output, "fingerprint": space.fingerprint, "training": report, **flow}
 
 
 def _training_input(args: argparse.Namespace) -> tuple[Coefficients, AnyBasis]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,8 @@ from torch import Tensor
 
 from ..errors import ConfigError, DataError
 from ..flow import KNOTS, Flow, bend, orthonormal
+from ..space import Space
+from .coefficients import Coefficients
 
 FEWEST = 50  # people
 
@@ -43,6 +45,21 @@ class FlowTraining:
                 "A flow needs rounds, patience and a bandwidth above zero, and a share of judges between 0 and 1. "
                 f"Got {self}."
             )
+
+
+@torch.no_grad()
+def with_flow(space: Space, data: Coefficients, training: FlowTraining | None = None) -> Space:
+    """The space with a flow fitted to its training people's latents; directions and a start belong to it afterwards."""
+    if space.directions or space.start is not None:
+        raise ConfigError(
+            f"'{space.name}' has attribute directions or a start network, which live in its latents as they are. "
+            "Fit the flow first and those after it."
+        )
+    mean = space.codec.encode(data.values[~data.heldout]).mean
+    flow, report = fit_flow((mean - space.prior_mean) / space.prior_std, training)
+    if not flow.rounds:
+        return replace(space, provenance={**space.provenance, "flow": report})
+    return replace(space, flow=flow, provenance={**space.provenance, "flow": report})
 
 
 def fit_flow(z: Tensor, training: FlowTraining | None = None) -> tuple[Flow, dict[str, Any]]:
