@@ -106,9 +106,7 @@ class Bench:
         }
 
     def plan(self, noisy: torch.Tensor, *, gradients: bool, checkpointing: bool = False) -> Any:
-        return plan_run(
-            self.model, noisy.shape, gradients=gradients, checkpointing=checkpointing
-        )
+        return plan_run(self.model, noisy.shape, gradients=gradients, checkpointing=checkpointing)
 
     def ours(self, objective: Any) -> None:
         draw = objective.draw(0)
@@ -170,9 +168,7 @@ class Bench:
         noisy, times, _ = self.crowd
         plan = self.plan(noisy, gradients=False)
         with torch.no_grad(), contextlib.ExitStack() as stack:
-            denoise = stack.enter_context(
-                denoiser(self.model, self.layout, self.prompt, plan)
-            )
+            denoise = stack.enter_context(denoiser(self.model, self.layout, self.prompt, plan))
             plain = self.model.model.diffusion_model
             context = self.prompt[0][0].expand(len(noisy), -1, -1)
 

@@ -20,7 +20,9 @@ def signed():
 def test_project_inverts_lift(signed):
     signed = Basis(signed.mean, signed.std.abs().clamp_min(0.1), orthonormal(6, 40), torch.ones(6))
     c = torch.randn(5, 6)
-    assert torch.allclose(signed.project(signed.lift(c)), c, atol=5e-3)  # components are stored in half
+    assert torch.allclose(
+        signed.project(signed.lift(c)), c, atol=5e-3
+    )  # components are stored in half
 
 
 def test_formula_of_w2w_with_negative_deviations(signed):
@@ -37,7 +39,11 @@ def test_formula_of_w2w_with_negative_deviations(signed):
 
 def test_rounding_error_in_std_is_no_deviation():
     std = torch.tensor([1.0, -1e-12, 2.0])
-    assert Basis(torch.zeros(3), std, torch.eye(3)[:2], torch.ones(2)).std.tolist() == [1.0, 0.0, 2.0]
+    assert Basis(torch.zeros(3), std, torch.eye(3)[:2], torch.ones(2)).std.tolist() == [
+        1.0,
+        0.0,
+        2.0,
+    ]
 
 
 def test_chunks_of_components_add_up(signed, monkeypatch):
@@ -77,7 +83,9 @@ def test_reader_is_asked_once_and_late(signed):
     assert asked == []
     with torch.inference_mode():
         lazy.lift(torch.zeros(1, 6))
-    lazy.lift(torch.zeros(1, 6, requires_grad=True)).sum().backward()  # cached outside inference mode
+    lazy.lift(
+        torch.zeros(1, 6, requires_grad=True)
+    ).sum().backward()  # cached outside inference mode
     assert sorted(asked) == ["components", "mean", "singular_values", "std"]
 
 

@@ -81,17 +81,16 @@ def test_any_gauge_of_an_exported_lora_gives_the_same_identity(world):
         torch.testing.assert_close(found.z, identity.z[i : i + 1], atol=0.05, rtol=0)
 
 
-def test_native_loras_keep_their_gauge_and_find_it_again(world):
-    """People who were not learned from, in their own gauge exactly as packed, and after a scramble nearly so."""
+def test_native_loras_stay_near_and_their_gauge_does_not_matter(world):
+    """People who were not learned from: nearly as packed, and the very same in any other gauge."""
     space, native = world
     g = generator(7)
     for w in native[:4]:
         raw = space.encode(w[None]).mean
-        found, report = encode_lora(space, kohya_tensors(space.layout.unpack(w), 8.0))
-        assert report.gauge == "kept"
-        torch.testing.assert_close(found.z, raw)
+        found, _ = encode_lora(space, kohya_tensors(space.layout.unpack(w), 8.0))
+        assert (found.z - raw).norm() < 0.2 * raw.norm()
         again, _ = encode_lora(space, kohya_tensors(scrambled(space.layout, w, g), 8.0))
-        assert (again.z - raw).norm() < 0.3 * raw.norm()
+        torch.testing.assert_close(again.z, found.z, atol=2e-3, rtol=0)
 
 
 def test_a_higher_rank_is_cut_to_the_best_of_the_product(world):

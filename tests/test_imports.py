@@ -8,7 +8,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-HOST = {"comfy", "comfy_api", "comfy_extras", "execution", "folder_paths", "nodes", "server", "latent_preview"}
+HOST = {
+    "comfy",
+    "comfy_api",
+    "comfy_extras",
+    "execution",
+    "folder_paths",
+    "nodes",
+    "server",
+    "latent_preview",
+}
 LIBRARY = sorted((ROOT / "w2wpp").rglob("*.py"))
 
 

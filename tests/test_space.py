@@ -139,7 +139,11 @@ def test_sampling_is_the_same_in_a_fresh_process(stored):
     )
     root = Path(__file__).resolve().parent.parent
     done = subprocess.run(
-        [sys.executable, "-c", code, str(stored)], check=True, capture_output=True, text=True, cwd=root
+        [sys.executable, "-c", code, str(stored)],
+        check=True,
+        capture_output=True,
+        text=True,
+        cwd=root,
     )
     import hashlib
 

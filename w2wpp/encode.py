@@ -15,11 +15,12 @@ from .basis import Basis
 from .errors import FormatError, LayoutMismatch
 from .identity import Identity
 from .lora.files import LoraFile, load_lora, lora_of_tensors
-from .lora.gauge import KEPT, Reference, factor, is_kept, nearest, nearest_down, to_span
+from .lora.gauge import factor, towards, towards_span
 from .lora.layout import Layout, Lora
 from .space import Space
 
 AnyLora = str | os.PathLike[str] | LoraFile | Mapping[str, Tensor]
+SAME = 0.1  # share of a vector's length by which its gauge may differ from the file's own and count as kept
 ALTERNATIONS = 10  # of decoding and turning towards what was decoded, in spaces without a basis
 
 
@@ -182,11 +183,11 @@ def vector_in(space: Space, file: LoraFile) -> Tensor:
 def aligned(file: LoraFile, layout: Layout, reference: Tensor | None) -> Tensor:
     """The LoRA's vector w [P] in the layout's rank, turned towards a reference [P]; without one, as it is."""
     matched, _, missing = match_modules(file, layout)
+    balanced, _ = at_rank(matched, layout)
     if reference is None:
         own = _own_vector(layout, matched, missing)
-        return own if own is not None else layout.pack(at_rank(matched, layout)[0]).float()
-    towards = Reference(layout, reference, torch.zeros_like(reference))
-    return layout.pack(nearest(at_rank(matched, layout)[0], towards)).float()
+        return own if own is not None else layout.pack(balanced).float()
+    return towards(balanced, layout, reference)
 
 
 def _space_vector(
@@ -194,13 +195,14 @@ def _space_vector(
 ) -> tuple[Tensor, float, str]:
     """The vector [P], the energy lost to the rank, and what became of the gauge."""
     layout = space.layout
-    own = _own_vector(layout, matched, missing)
     balanced, lost = at_rank(matched, layout)
+    own = _own_vector(layout, matched, missing)
     if isinstance(space.basis, Basis):
-        w, kept = _gauge_of_basis(space.basis, layout, balanced, own)
+        w = towards_span(balanced, layout, space.basis, own)
     else:
-        w, kept = _gauge_of_codec(space, balanced, own)
-    return w.float(), lost, "kept" if kept else "resolved"
+        w = _towards_codec(space, balanced)
+    kept = own is not None and float((own - w).norm()) <= SAME * float(own.norm())
+    return w, lost, "kept" if kept else "resolved"
 
 
 def _own_vector(layout: Layout, matched: Lora, missing: tuple[str, ...]) -> Tensor | None:
@@ -211,38 +213,17 @@ def _own_vector(layout: Layout, matched: Lora, missing: tuple[str, ...]) -> Tens
     return layout.pack(matched)
 
 
-def _gauge_of_basis(
-    basis: Basis, layout: Layout, balanced: Lora, own: Tensor | None
-) -> tuple[Tensor, bool]:
-    found = []
-    if own is not None:
-        found.append(to_span(own, layout, basis))
-        if is_kept(own, found[0][1], layout, basis):
-            return own, True
-    reference = Reference(layout, basis.mean, basis.std)
-    for start in (nearest, nearest_down):
-        found.append(to_span(layout.pack(start(balanced, reference)), layout, basis))
-    return min(found, key=lambda gauge: gauge[1])[0], False
-
-
-def _gauge_of_codec(space: Space, balanced: Lora, own: Tensor | None) -> tuple[Tensor, bool]:
+def _towards_codec(space: Space, balanced: Lora) -> Tensor:
     """For spaces of raw vectors, which have no mean and no span: towards the LoRA of latent zero,
     then towards what the codec makes of it, as long as that comes nearer."""
-
-    def miss(w: Tensor) -> tuple[Tensor, float]:
-        decoded = space.decode(space.encode(w[None].float()).mean)[0]
-        return decoded, float((decoded - w).double().square().sum())
-
-    none = torch.zeros(space.layout.size)
     best, target = None, space.decode(torch.zeros(1, space.latent_size))[0]
     least = float("inf")
     for _ in range(ALTERNATIONS):
-        w = space.layout.pack(nearest(balanced, Reference(space.layout, target, none)))
-        target, missed = miss(w)
+        w = towards(balanced, space.layout, target)
+        target = space.decode(space.encode(w[None]).mean)[0]
+        missed = float((target - w).double().square().sum())
         if not missed < least:
             break
         best, least = w, missed
     assert best is not None
-    if own is not None and miss(own)[1] * (1 - KEPT) <= least:
-        return own, True
-    return best, False
+    return best

@@ -155,9 +155,10 @@ def test_encode_reports_what_is_reconstructed(run, loras, make_space, residual):
     identity = load_identity("id.safetensors")
     assert (identity.residual is not None) == residual
     w = torch.stack([load_lora(f).vector(space.layout) for f in files])
-    assert torch.allclose(
-        space.basis.project(identity.vectors(space)), space.basis.project(w), atol=1e-2
-    )
+    # Up to what the noise of people from outside of the span moves their gauge by.
+    expected = space.basis.project(w)
+    off = (space.basis.project(identity.vectors(space)) - expected).norm(dim=1)
+    assert bool((off < 0.1 * expected.norm(dim=1)).all())
 
 
 def test_info_on_every_kind_of_file(run, space_file, loras):

@@ -80,7 +80,9 @@ def test_peft_folder_has_its_configuration(tmp_path, layout, w):
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["peft_type"]) == (layout.rank, 27.0, "LORA")
     stripped = {k: t for k, t in safetensors.torch.load_file(path).items()}
-    safetensors.torch.save_file(stripped, path)  # as PEFT writes it: alpha only in the configuration
+    safetensors.torch.save_file(
+        stripped, path
+    )  # as PEFT writes it: alpha only in the configuration
     assert set(load_lora(path).alphas.values()) == {27.0}
 
 
@@ -101,7 +103,10 @@ SPELLINGS = {
     ),
     "diffusers": ("unet.{dot}.lora_A.weight", "unet.{dot}.lora_B.weight"),
     "bare": ("{dot}.lora_A.weight", "{dot}.lora_B.weight"),
-    "processor": ("{block}.processor.{to}_lora.down.weight", "{block}.processor.{to}_lora.up.weight"),
+    "processor": (
+        "{block}.processor.{to}_lora.down.weight",
+        "{block}.processor.{to}_lora.up.weight",
+    ),
     "unet processor": (
         "unet.{block}.processor.{to}_lora.down.weight",
         "unet.{block}.processor.{to}_lora.up.weight",
@@ -158,7 +163,10 @@ def test_tensors_of_other_kinds_are_listed(tmp_path):
 def test_one_by_one_convolutions_are_matrices(tmp_path):
     a, b = pair()
     stem = "lora_unet_down_blocks_1_attentions_0_proj_in"
-    tensors = {f"{stem}.lora_down.weight": a[..., None, None], f"{stem}.lora_up.weight": b[..., None, None]}
+    tensors = {
+        f"{stem}.lora_down.weight": a[..., None, None],
+        f"{stem}.lora_up.weight": b[..., None, None],
+    }
     file = load_lora(save(tmp_path, tensors))
     assert torch.equal(file.lora["down_blocks.1.attentions.0.proj_in"][0], a)
 
@@ -180,7 +188,11 @@ def test_bad_files_are_refused(tmp_path, layout):
         with pytest.raises(FormatError, match="not a number"):
             load_lora(save(tmp_path, good, {"lora_alpha": stated}))
     stem = f"lora_unet_{Q.replace('.', '_')}"
-    kohya = {f"{stem}.lora_down.weight": a, f"{stem}.lora_up.weight": b, f"{stem}.alpha": torch.ones(2)}
+    kohya = {
+        f"{stem}.lora_down.weight": a,
+        f"{stem}.lora_up.weight": b,
+        f"{stem}.alpha": torch.ones(2),
+    }
     with pytest.raises(FormatError, match="must be one number"):
         load_lora(save(tmp_path, kohya))
     path = save(tmp_path, {f"{Q}.lora_A.weight": a, f"{Q}.lora_B.weight": b})
