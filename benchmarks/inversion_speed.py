@@ -273,7 +273,7 @@ def measure(
     return {
         "rows": rows,
         "latent": size,
-        "components": bench.space.basis.rank,
+        "components": bench.space.basis.n_components,
         "seconds": {way: statistics.median(s) for way, s in steps.items()},
         "step_over_bare": ratios(steps, "ours"),
         "w2w_over_bare": ratios(steps, "w2w"),

@@ -56,7 +56,7 @@ def write_space(path: Path, components: int) -> None:
     # The parts of a Space that are small, around a basis whose components never exist in memory as a whole.
     small = Space(
         SD15,
-        Basis(reader=lambda name: torch.ones(1), size=SD15.size, rank=components),
+        Basis(reader=lambda name: torch.ones(1), size=SD15.size, n_components=components),
         codec,
         torch.zeros(LATENT),
         torch.ones(LATENT),

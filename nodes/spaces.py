@@ -90,7 +90,7 @@ def describe(space: w2wpp.Space) -> str:
         "trigger prompt": space.trigger_prompt or "not stated",
         "attributes": ", ".join(sorted(space.directions)) or "none",
         "LoRA": f"{len(layout.modules)} modules of rank {layout.rank}, alpha {layout.alpha:g}, {layout.size:,} numbers",
-        "latents": f"{space.latent_size}, by the codec {space.codec.name} over {space.basis.rank} components",
+        "latents": f"{space.latent_size}, by the codec {space.codec.name} over {space.basis.n_components} components",
         "fingerprint": space.fingerprint,
         **{f"training: {name}": value for name, value in _figures(space.training_report)},
     }

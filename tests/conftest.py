@@ -53,9 +53,9 @@ def make_space(layout, basis):
     def make(name, **provenance):
         g = generator(2)
         parts = AffineBasis(layout.size, scale=10.0) if name == "seed" else basis
-        d = parts.rank if name == "pca" else LATENT
+        d = parts.n_components if name == "pca" else LATENT
         options = {} if name == "pca" else {"hidden": [16]}
-        sizes = {"coefficient_size": parts.rank, "latent_size": d}
+        sizes = {"coefficient_size": parts.n_components, "latent_size": d}
         codec = build_codec({"name": name, **sizes, **options})
         for p in codec.parameters():
             p.data = 0.1 * torch.randn(p.shape, generator=g)

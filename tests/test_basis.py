@@ -66,7 +66,7 @@ def test_components_survive_being_kept_in_single_precision(signed):
 def test_truncated_keeps_the_first(signed):
     small = signed.truncated(2)
     w = torch.randn(3, 40)
-    assert (small.rank, small.size) == (2, 40)
+    assert (small.n_components, small.size) == (2, 40)
     assert torch.allclose(small.project(w), signed.project(w)[:, :2], atol=1e-6)
     with pytest.raises(ConfigError, match="truncated to 7"):
         signed.truncated(7)
@@ -79,7 +79,7 @@ def test_reader_is_asked_once_and_late(signed):
         asked.append(name)
         return signed.tensors()[name]
 
-    lazy = Basis(reader=read, size=40, rank=6)
+    lazy = Basis(reader=read, size=40, n_components=6)
     assert asked == []
     with torch.inference_mode():
         lazy.lift(torch.zeros(1, 6))

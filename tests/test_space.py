@@ -63,14 +63,14 @@ def test_truncation_scales(space):
 
 def test_residual_is_added_in_coefficients(space):
     z = torch.randn(2, space.latent_size)
-    residual = torch.randn(2, space.basis.rank)
+    residual = torch.randn(2, space.basis.n_components)
     lifted = space.lift(residual) - space.lift(torch.zeros_like(residual))
     assert torch.allclose(space.decode(z, residual), space.decode(z) + lifted, atol=1e-4)
 
 
 def test_latents_are_standardised(make_space):
     space = make_space("pca")
-    w = space.lift(torch.randn(5, space.basis.rank))
+    w = space.lift(torch.randn(5, space.basis.n_components))
     raw = space.codec.encode(space.basis.project(w))
     post = space.encode(w)
     assert torch.allclose(post.mean * space.prior_std + space.prior_mean, raw.mean, atol=1e-5)

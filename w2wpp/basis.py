@@ -41,24 +41,24 @@ class Basis:
         *,
         reader: Callable[[str], Tensor] | None = None,
         size: int = 0,
-        rank: int = 0,
+        n_components: int = 0,
     ) -> None:
         self._tensors: dict[str, Tensor] = {}
         self._reader = reader
-        self.size, self.rank = size, rank  # P, K
+        self.size, self.n_components = size, n_components  # P, K
         if reader is not None:
             return
         if mean is None or std is None or components is None or singular_values is None:
             raise ConfigError(
                 "A basis needs mean, std, components and singular_values, or a reader of them."
             )
-        self.rank, self.size = components.shape
+        self.n_components, self.size = components.shape
         shapes = [list(t.shape) for t in (mean, std, singular_values)]
-        if shapes != [[self.size], [self.size], [self.rank]]:
+        if shapes != [[self.size], [self.size], [self.n_components]]:
             raise ShapeError(
                 f"A basis with components {list(components.shape)} needs mean and std "
                 f"[{self.size}] and singular values "
-                f"[{self.rank}]. Got {shapes[0]}, {shapes[1]} and {shapes[2]}."
+                f"[{self.n_components}]. Got {shapes[0]}, {shapes[1]} and {shapes[2]}."
             )
         if not bool((singular_values > 0).all()):
             raise ConfigError(
@@ -72,20 +72,21 @@ class Basis:
         }
 
     @classmethod
-    def from_container(cls, file: Container, size: int, rank: int) -> Basis:
+    def from_container(cls, file: Container, size: int, n_components: int) -> Basis:
         """The basis.* tensors of a file, checked now and read later."""
         floats = (torch.float16, torch.float32)
         file.require("basis.mean", (size,), *floats)
         file.require("basis.std", (size,), *floats)
-        file.require("basis.components", (rank, size), torch.float16)
-        file.require("basis.singular_values", (rank,), *floats)
+        file.require("basis.components", (n_components, size), torch.float16)
+        file.require("basis.singular_values", (n_components,), *floats)
 
         def read(name: str) -> Tensor:
             tensor = file.read(f"basis.{name}")
             return tensor if name == "components" else tensor.float()
 
-        return cls(reader=read, size=size, rank=rank)
+        return cls(reader=read, size=size, n_components=n_components)
 
+    rank = property(lambda self: self.n_components, doc="K, by its older name")
     mean = property(lambda self: self._get("mean"), doc="[P]")
     std = property(lambda self: self._get("std"), doc="[P], signed as stored")
     components = property(
@@ -102,7 +103,7 @@ class Basis:
 
     def lift(self, c: Tensor) -> Tensor:
         """Whitened coefficients c [B, K] -> w [B, P]."""
-        check_batch(c, self.rank, "coefficients", "K")
+        check_batch(c, self.n_components, "coefficients", "K")
         scaled = c.float() * self.singular_values
         x, start = torch.zeros(len(c), self.size, device=c.device), 0
         for rows in self.blocks(len(c)):
@@ -114,21 +115,27 @@ class Basis:
         """A difference of vectors [B, P] in units of each parameter's deviation."""
         return difference * torch.where(self.std == 0, 0.0, 1.0 / self.std)
 
-    def truncated(self, rank: int) -> Basis:
-        """The first `rank` components."""
-        if not 1 <= rank <= self.rank:
-            raise ConfigError(f"A basis of {self.rank} components can't be truncated to {rank}.")
-        return Basis(self.mean, self.std, self.components[:rank], self.singular_values[:rank])
+    def truncated(self, count: int) -> Basis:
+        """The first `count` components."""
+        if not 1 <= count <= self.n_components:
+            raise ConfigError(
+                f"A basis of {self.n_components} components can't be truncated to {count}."
+            )
+        return Basis(self.mean, self.std, self.components[:count], self.singular_values[:count])
 
     def to(self, device: torch.device | str) -> Basis:
-        return Basis(reader=lambda name: self._get(name).to(device), size=self.size, rank=self.rank)
+        return Basis(
+            reader=lambda name: self._get(name).to(device),
+            size=self.size,
+            n_components=self.n_components,
+        )
 
     def tensors(self) -> dict[str, Tensor]:
         """What a file stores."""
         return {name: self._get(name) for name in ("mean", "std", "components", "singular_values")}
 
     def config(self) -> dict[str, Any]:
-        return {"kind": self.kind, "size": self.size, "rank": self.rank}
+        return {"kind": self.kind, "size": self.size, "rank": self.n_components}  # "rank" in files
 
     # Outside of inference mode, so that what is cached here can take part in gradients later.
     @torch.inference_mode(False)
@@ -145,7 +152,7 @@ class Basis:
 
     def blocks(self, batch: int) -> Iterator[Tensor]:
         """The components in single precision [rows, P], a block at a time; larger batches read in larger blocks."""
-        if 4 * self.size * self.rank <= KEPT_BYTES:
+        if 4 * self.size * self.n_components <= KEPT_BYTES:
             yield self._single()
             return
         for rows in self.components.split(max(1, batch * BLOCK_BYTES // (4 * self.size))):
@@ -167,19 +174,20 @@ class AffineBasis:
     """
 
     kind = "affine"
+    rank = property(lambda self: self.n_components, doc="K, by its older name")
 
     def __init__(self, size: int, *, shift: float = 0.0, scale: float = 1.0) -> None:
         if scale == 0 or size < 1:
             raise ConfigError(
                 f"An affine basis needs a size and a scale other than 0. Got {size=} and {scale=}."
             )
-        self.size = self.rank = size
+        self.size = self.n_components = size
         self.shift, self.scale = float(shift), float(scale)
 
     @property
     def singular_values(self) -> Tensor:
         """[K], all one: every number of the vector weighs the same."""
-        return torch.ones(self.rank)
+        return torch.ones(self.n_components)
 
     def project(self, w: Tensor) -> Tensor:
         """w [B, P] -> c [B, P]."""
@@ -188,7 +196,7 @@ class AffineBasis:
 
     def lift(self, c: Tensor) -> Tensor:
         """c [B, P] -> w [B, P]."""
-        check_batch(c, self.rank, "coefficients", "K")
+        check_batch(c, self.n_components, "coefficients", "K")
         return c.float() / self.scale + self.shift
 
     def standardise(self, difference: Tensor) -> Tensor:

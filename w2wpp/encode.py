@@ -168,7 +168,7 @@ def update_error(matched: Lora, decoded: Lora, layout: Layout) -> float:
 
 def weight_share(space: Space, w: Tensor, reconstruction: Tensor) -> float:
     """The share of the standardised distance of w [P] from the mean LoRA that is reconstructed."""
-    mean = space.lift(torch.zeros(1, space.basis.rank))[0]
+    mean = space.lift(torch.zeros(1, space.basis.n_components))[0]
     missed = space.basis.standardise(w - reconstruction).square().sum()
     return float(1.0 - missed / space.basis.standardise(w - mean).square().sum())
 

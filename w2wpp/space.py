@@ -49,11 +49,11 @@ class Space:
     flow: Flow | None = None  # standardised latents <-> N(0, I) where people are no Gaussian cloud
 
     def __post_init__(self) -> None:
-        if (self.layout.size, self.basis.rank) != (self.basis.size, self.codec.coefficient_size):
+        if (self.layout.size, self.basis.n_components) != (self.basis.size, self.codec.coefficient_size):
             raise ShapeError(
                 f"The parts of a space must meet: layout P = {self.layout.size} and basis P = "
                 f"{self.basis.size}, "
-                f"basis K = {self.basis.rank} and codec K = {self.codec.coefficient_size}."
+                f"basis K = {self.basis.n_components} and codec K = {self.codec.coefficient_size}."
             )
         d = (self.codec.latent_size,)
         vectors = {"prior_mean": self.prior_mean, "prior_std": self.prior_std, **self.directions}
@@ -129,7 +129,7 @@ class Space:
         """Standardised latents z [B, d], and a residual [B, K] in coefficients -> w [B, P]."""
         check_batch(z, self.latent_size, "latents", "d")
         if residual is not None:
-            check_batch(residual, self.basis.rank, "a residual", "K")
+            check_batch(residual, self.basis.n_components, "a residual", "K")
         c = self.codec.decode(self.codec_latent(z))
         return self.basis.lift(c if residual is None else c + residual)
 

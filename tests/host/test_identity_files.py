@@ -157,7 +157,7 @@ def test_another_space_is_refused_and_the_right_one_named(host: Host) -> None:
 def test_a_residual_survives_the_file(host: Host, space: Space) -> None:
     generator = torch.Generator().manual_seed(6)
     z = torch.randn(1, space.latent_size, generator=generator)
-    residual = 0.1 * torch.randn(1, space.basis.rank, generator=generator)
+    residual = 0.1 * torch.randn(1, space.basis.n_components, generator=generator)
     identity = Identity(z, space.fingerprint, residual)
     w2wpp.save_identity(identity, host.base / "input" / "residual.safetensors")
     graph = Graph()

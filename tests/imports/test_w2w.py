@@ -133,7 +133,7 @@ def test_a_folder_is_enough_to_train_on(run, folder):
     code, result, _ = run(*train, "--validation", 0, "-o", "vae.safetensors")
     assert code == 0 and result["training"]["codec"]["name"] == "vae-skip"
     space = load_space("vae.safetensors")
-    assert (space.latent_size, space.basis.rank, space.layout) == (3, K, SD15)
+    assert (space.latent_size, space.basis.n_components, space.layout) == (3, K, SD15)
     assert "academic" in space.licence and space.trigger_prompt == "sks person"
     (folder / "proj_1000pc.pt").unlink()
     code, _, err = run(*train, "-o", "x.safetensors")

@@ -107,7 +107,7 @@ def test_an_edit_moves_along_its_directions(space):
 def test_an_edit_keeps_the_residual_and_refuses_what_it_does_not_know(make_space):
     space = make_space("vae-skip")
     identity = space.sample(1, generator=generator(3))
-    rest = torch.randn(1, space.basis.rank, generator=generator(4))
+    rest = torch.randn(1, space.basis.n_components, generator=generator(4))
     own = type(identity)(identity.z, identity.space_fingerprint, rest)
     assert torch.equal(edit(own, space, {"smile": 1.0}).residual, rest)
     with pytest.raises(ConfigError, match="no direction 'beard'; it has smile"):

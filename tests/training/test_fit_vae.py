@@ -51,7 +51,7 @@ def test_linear_space_is_pca(dataset, basis):
     w = dataset.vectors(dataset.training_rows)
     z = space.encode(w).mean
     assert torch.allclose(z, basis.project(w), atol=2e-3)
-    assert torch.allclose(z.std(0), torch.ones(basis.rank), atol=1e-4)
+    assert torch.allclose(z.std(0), torch.ones(basis.n_components), atol=1e-4)
     assert space.name == "linear"
     scores = space.training_report["weight_r2"]
     assert 0.5 < scores["heldout"] < scores["training"] < 1.0

@@ -187,7 +187,7 @@ def _space_info(path: str) -> dict[str, Any]:
         "rank": layout.rank,
         "alpha": layout.alpha,
         "codec": space.codec.name,
-        "components": space.basis.rank,
+        "components": space.basis.n_components,
         "latent_size": space.latent_size,
         "directions": sorted(space.directions),
         "training": without_curves(space.training_report),

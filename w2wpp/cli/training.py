@@ -200,7 +200,7 @@ def basis(args: argparse.Namespace) -> dict[str, Any]:
     coefficients = project_dataset(data, fitted)
     save_coefficients(args.output, coefficients, fitted)
     r2 = linear_space(coefficients, fitted).training_report["weight_r2"]
-    sizes = {"rows": len(data), "parameters": fitted.size, "components": fitted.rank}
+    sizes = {"rows": len(data), "parameters": fitted.size, "components": fitted.n_components}
     return {"basis": args.output, **sizes, "weight_r2": r2}
 
 

@@ -151,7 +151,7 @@ class _Inversion:
         if self.pivotal and not self.stop_reason.startswith("stopped"):
             if self.residual is None:
                 self.residual = torch.zeros(
-                    len(self.z), self.objective.space.basis.rank, device=self.z.device
+                    len(self.z), self.objective.space.basis.n_components, device=self.z.device
                 )
             if stage == 0:
                 self._forget()

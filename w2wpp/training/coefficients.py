@@ -50,7 +50,7 @@ class Coefficients:
 
 def project_dataset(dataset: VectorDataset, basis: AnyBasis) -> Coefficients:
     """Coefficients of every row, read in chunks."""
-    values = torch.empty(len(dataset), basis.rank)
+    values = torch.empty(len(dataset), basis.n_components)
     outside = torch.empty(len(dataset))
     for rows, w in dataset.chunks():
         c = basis.project(w)

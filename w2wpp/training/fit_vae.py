@@ -73,12 +73,12 @@ def linear_space(
 ) -> Space:
     """The PCA space (w2w): latents are the whitened coefficients."""
     coefficients = _coefficients(data, basis)
-    sizes = {"coefficient_size": basis.rank, "latent_size": basis.rank}
+    sizes = {"coefficient_size": basis.n_components, "latent_size": basis.n_components}
     codec = build_codec({"name": "pca", **sizes})
     splits = _splits(coefficients)
     r2 = reconstruction_report(codec, coefficients, basis.singular_values, splits)
     rows = {name: len(r) for name, r in splits.items()}
-    report = {"codec": "pca", "latent_size": basis.rank, "rows": rows, "weight_r2": r2}
+    report = {"codec": "pca", "latent_size": basis.n_components, "rows": rows, "weight_r2": r2}
     return _space(codec, coefficients, basis, provenance, report)
 
 
@@ -94,9 +94,9 @@ def prior_of(posterior: Posterior) -> tuple[Tensor, Tensor]:
 
 def _coefficients(data: VectorDataset | Coefficients, basis: AnyBasis) -> Coefficients:
     c = project_dataset(data, basis) if isinstance(data, VectorDataset) else data
-    if c.values.shape[1] != basis.rank:
+    if c.values.shape[1] != basis.n_components:
         raise ShapeError(
-            f"The coefficients have K = {c.values.shape[1]} and the basis {basis.rank}; project "
+            f"The coefficients have K = {c.values.shape[1]} and the basis {basis.n_components}; project "
             "the data set again."
         )
     if not bool(torch.isfinite(c.values).all()):

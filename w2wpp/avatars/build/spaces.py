@@ -54,7 +54,7 @@ def train_spaces(
 
     written = []
     sizes = {**PCA_SIZES, **{name: settings.latent for name, settings in VAES.items()}}
-    for name in (*(n for n, size in sizes.items() if size <= basis.rank), "seed"):
+    for name in (*(n for n, size in sizes.items() if size <= basis.n_components), "seed"):
         path = folder / f"{name}.safetensors"
         if not path.exists():
             space = fit(name)

@@ -34,7 +34,7 @@ def judge_world(
     reconstruction = basis.lift(basis.project(vectors))
     rebuilt = studio.photograph(reconstruction, layout)
     generator = torch.Generator().manual_seed(11)
-    sampled = basis.lift(standard_normal(len(held), basis.rank, generator=generator))
+    sampled = basis.lift(standard_normal(len(held), basis.n_components, generator=generator))
     imagined = studio.photograph(sampled, layout)
 
     own_id, rebuilt_id = (id_scores(shots.embeddings, identity) for shots in (own, rebuilt))
