@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from .basis import Basis
+from .delta_basis import DeltaBasis
+from .encode_delta import DeltaReport, encode_update
 from .errors import FormatError, LayoutMismatch
 from .identity import Identity
 from .lora.files import LoraFile, load_lora, lora_of_tensors
@@ -63,12 +65,14 @@ class EncodeReport:
 @torch.no_grad()
 def encode_lora(
     space: Space, lora: AnyLora, *, residual: bool = False
-) -> tuple[Identity, EncodeReport]:
+) -> tuple[Identity, EncodeReport | DeltaReport]:
     """The identity of a LoRA, given as a file's path, as read by `load_lora` or as {key: tensor}.
 
     Any rank, alpha, spelling and gauge. With `residual` the identity also keeps what its latents
     can't express of the coefficients.
     """
+    if isinstance(space.basis, DeltaBasis):
+        return encode_update(space, lora, residual=residual)
     file = read_any(lora)
     matched, ignored, missing = match_modules(file, space.layout)
     w, energy_lost, gauge = _space_vector(space, matched, missing)

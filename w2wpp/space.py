@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .basis import AnyBasis, check_batch
 from .codecs import Codec, Posterior
+from .delta_basis import DeltaBasis
 from .errors import ConfigError, DataError, ShapeError
 from .files.container import DTYPE_NAMES
 from .flow import Flow
@@ -22,6 +23,8 @@ from .identity import Identity
 from .lora.layout import Layout
 from .noise import standard_normal
 from .start_network import StartNetwork
+
+SpaceBasis = AnyBasis | DeltaBasis
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +38,7 @@ class Space:
     """
 
     layout: Layout
-    basis: AnyBasis
+    basis: SpaceBasis
     codec: Codec
     prior_mean: Tensor  # [d]
     prior_std: Tensor  # [d], positive

@@ -3,7 +3,9 @@ and provenance.
 
     metadata   format "w2wpp.space", format_version "1" or "2", config (JSON: layout, basis, codec,
     provenance, fingerprint; start if there is one) basis.*    mean, std [P]; components [K, P] half precision;
-    singular_values [K]   (none for an affine basis) codec.*    the codec's parameters, under their
+    singular_values [K]   (none for an affine basis; of a delta basis, version 2: gram [N, N], gram_blocks,
+    ranks, scales [M, N], weights [N], mixing [K, N], singular_values [K], and delta.<module>.down [R, in]
+    and .up [R, out], half precision, all members side by side) codec.*    the codec's parameters, under their
     own names prior.*    mean, std [d] direction.<name> [d] start.*    the start network's parameters, half precision
 
 A space is opened lazily: the header is read and checked, tensors stay in the file until they are
@@ -22,17 +24,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .basis import AffineBasis, AnyBasis, Basis
+from .basis import AffineBasis, Basis
 from .codecs import Codec, build_codec
+from .delta_basis import DeltaBasis
 from .errors import ConfigError, FormatError, SpaceMismatch
 from .files.container import Container, Streamed, open_container, write_container
 from .flow import Flow
 from .lora.layout import Layout
-from .space import Space, compact, fingerprint_of
+from .space import Space, SpaceBasis, compact, fingerprint_of
 from .start_network import StartNetwork, build_start
 
 FORMAT = "w2wpp.space"
-# Version 2 has a flow, without which latents would decode to other people: releases that know no flow must refuse it.
+# Version 2 has a flow, without which latents would decode to other people, or a delta basis: releases that know
+# neither must refuse it.
 VERSIONS = ("1", "2")
 COPY_BYTES = 64 * 2**20
 FLOATS = (torch.float16, torch.float32)
@@ -50,9 +54,18 @@ def save_space(space: Space, path: str | os.PathLike[str]) -> None:
     if space.start is not None:
         config["start"] = space.start.config
         start = {f"start.{n}": t.detach().cpu().half() for n, t in space.start.state_dict().items()}
-    tensors = {**space.tensors(), **directions, **start}
+    tensors: dict[str, Tensor | Streamed] = {**space.tensors(), **directions, **start}
     version = "1" if space.flow is None else "2"
+    if isinstance(space.basis, DeltaBasis):
+        tensors.update(space.basis.bulk())
+        version = "2"
     write_container(path, tensors, format=FORMAT, version=version, config=config)
+
+
+def space_bytes(space: Space) -> int:
+    """How large a space's file will be, without its header."""
+    small = sum(t.numel() * t.element_size() for t in space.tensors().values())
+    return small + (space.basis.bulk_bytes() if isinstance(space.basis, DeltaBasis) else 0)
 
 
 def load_space(path: str | os.PathLike[str]) -> Space:
@@ -60,7 +73,7 @@ def load_space(path: str | os.PathLike[str]) -> Space:
     file = open_container(path, FORMAT, versions=VERSIONS)
     try:
         layout = Layout.from_json(file.config["layout"])
-        basis = _basis(file, file.config["basis"], layout.size)
+        basis = _basis(file, file.config["basis"], layout)
         codec = _codec(file, file.config["codec"])
         provenance, fingerprint = file.config["provenance"], file.config["fingerprint"]
     except (KeyError, TypeError, AttributeError, ConfigError) as e:
@@ -132,12 +145,14 @@ def find_space(fingerprint: str, folders: Iterable[Path] = ()) -> Path:
     )
 
 
-def _basis(file: Container, config: Mapping[str, Any], size: int) -> AnyBasis:
+def _basis(file: Container, config: Mapping[str, Any], layout: Layout) -> SpaceBasis:
     if config["kind"] == AffineBasis.kind:
         return AffineBasis(int(config["size"]), shift=config["shift"], scale=config["scale"])
+    if config["kind"] == DeltaBasis.kind:
+        return DeltaBasis.from_container(file, layout, config)
     if config["kind"] != Basis.kind:
         raise ConfigError(f"unknown basis {config['kind']!r}")
-    return Basis.from_container(file, size, int(config["rank"]))
+    return Basis.from_container(file, layout.size, int(config["rank"]))
 
 
 def _codec(file: Container, config: Mapping[str, Any]) -> Codec:

@@ -1,0 +1,458 @@
+"""A space of collected LoRAs: what it spans, how it reads others, and its file."""
+
+import dataclasses
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from w2wpp import (
+    ConfigError,
+    DataError,
+    FormatError,
+    LayoutMismatch,
+    encode_lora,
+    load_space,
+    lora_of_tensors,
+    save_space,
+)
+from w2wpp.encode_delta import as_member
+from w2wpp.files.container import open_container
+from w2wpp.lora.collection import collect, members_of
+from w2wpp.lora.delta import Factors, cut
+from w2wpp.training.collection_report import cosines, held_out_shares, mean_shares
+from w2wpp.training.fit_delta import (
+    CollectionSettings,
+    fit_delta,
+    fitting,
+    lora_files,
+    members_identity,
+    open_members,
+)
+
+ATTENTION = "down_blocks.{}.attentions.0.transformer_blocks.0.attn{}.to_{}"
+SIZES = {
+    ATTENTION.format(1, 1, "q"): (24, 24),
+    ATTENTION.format(1, 2, "k"): (24, 768),
+    ATTENTION.format(2, 1, "q"): (32, 32),
+    ATTENTION.format(2, 2, "v"): (32, 768),
+}
+RANKS = [1, 2, 4, 3, 2, 1, 8]
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def half(t):
+    return t.half().float()
+
+
+def lora(g, rank, *, skip=()):
+    """Numbers that half precision holds, so that nothing is rounded on the way into a space."""
+    return {
+        name: Factors(
+            half(torch.randn(rank, size_in, generator=g)),
+            half(0.1 * torch.randn(size_out, rank, generator=g)),
+            0.5,
+        )
+        for name, (size_out, size_in) in SIZES.items()
+        if name not in skip
+    }
+
+
+@pytest.fixture(scope="module")
+def loras():
+    g = generator(3)
+    common = lora(g, 2)
+    found = {}
+    for i, rank in enumerate(RANKS):
+        own = lora(g, rank, skip=list(SIZES)[:1] if i == 2 else ())
+        found[f"file {i}"] = {
+            n: Factors(
+                torch.cat([f.down, common[n].down]), torch.cat([f.up, common[n].up], 1), f.scale
+            )
+            for n, f in own.items()
+        }
+    return found
+
+
+@pytest.fixture(scope="module")
+def made(loras):
+    return fit_delta(members_of(loras), CollectionSettings(rank=30))
+
+
+def dense(update):
+    return torch.cat(
+        [
+            update[n].dense().flatten() if n in update else torch.zeros(o * i).double()
+            for n, (o, i) in SIZES.items()
+        ]
+    )
+
+
+def dense_vector(space, w):
+    update = {n: Factors(a, b, space.layout.scale) for n, (a, b) in space.layout.unpack(w).items()}
+    return dense(update)
+
+
+@pytest.fixture(scope="module")
+def built(loras):
+    return torch.stack([dense(u) for u in loras.values()])
+
+
+def test_it_is_pca_of_the_built_updates(made, built):
+    space, report = made
+    mean = built.mean(0)
+    _, s, v = torch.linalg.svd((built - mean) / (len(built) - 1) ** 0.5, full_matrices=False)
+    k = len(built) - 1
+    assert space.basis.rank == space.latent_size == k
+    torch.testing.assert_close(space.basis.singular_values.double(), s[:k], rtol=1e-5, atol=0)
+    expected = (built - mean) @ v[:k].T / s[:k]
+    found = space.basis.member_coefficients().double()
+    torch.testing.assert_close(found.abs(), expected.abs(), atol=1e-4, rtol=1e-4)
+    share = s[:k].square().cumsum(0) / s.square().sum()
+    torch.testing.assert_close(torch.tensor(report.explained).double(), share, atol=1e-5, rtol=0)
+
+
+def test_latents_are_standardised_over_the_members(made):
+    z = members_identity(made[0])
+    torch.testing.assert_close(z.mean(0), torch.zeros(z.shape[1]), atol=1e-5, rtol=0)
+    torch.testing.assert_close(z.std(0), torch.ones(z.shape[1]), atol=1e-4, rtol=0)
+
+
+def test_the_members_come_back(made, built):
+    space, _ = made
+    w = space.decode(members_identity(space))
+    for row, truth in zip(w, built):
+        torch.testing.assert_close(dense_vector(space, row), truth, atol=2e-4, rtol=0)
+
+
+def test_points_are_combinations_whose_weights_sum_to_one(made, built):
+    space, _ = made
+    z = torch.randn(3, space.latent_size, generator=generator(5))
+    shares = space.basis.shares(z)
+    torch.testing.assert_close(shares.sum(1), torch.ones(3).double())
+    for row, a in zip(space.decode(z), shares):
+        torch.testing.assert_close(dense_vector(space, row), a @ built, atol=5e-4, rtol=0)
+
+
+def test_encoding_undoes_decoding_and_does_not_see_the_gauge(made):
+    space, _ = made
+    g = generator(6)
+    z = torch.randn(4, space.latent_size, generator=g)
+    w = space.decode(z)
+    torch.testing.assert_close(space.encode(w).mean, z, atol=1e-4, rtol=0)
+    turned = {}
+    for name, (a, b) in space.layout.unpack(w).items():
+        q = torch.linalg.qr(torch.randn(30, 30, generator=g))[0]
+        m = q * (0.5 + torch.rand(30, generator=g))
+        turned[name] = (torch.linalg.solve(m, a), b @ m)
+    again = space.encode(space.layout.pack(turned)).mean
+    torch.testing.assert_close(again, z, atol=1e-4, rtol=0)
+
+
+def test_a_lower_rank_is_the_nearest_and_its_energy_is_told(loras, built):
+    space, _ = fit_delta(members_of(loras), CollectionSettings(rank=3))
+    z = torch.randn(2, space.latent_size, generator=generator(7))
+    c = z * space.prior_std + space.prior_mean
+    w = space.decode(z)
+    kept = space.basis.kept_energy(c, w)
+    for row, a, share in zip(w, space.basis.shares(c), kept):
+        truth, best, start = a @ built, [], 0
+        for out, size in SIZES.values():
+            block = truth[start : start + out * size].view(out, size)
+            u, s, vt = torch.linalg.svd(block, full_matrices=False)
+            best.append(((u[:, :3] * s[:3]) @ vt[:3]).flatten())
+            start += out * size
+        best = torch.cat(best)
+        torch.testing.assert_close(dense_vector(space, row), best, atol=1e-3, rtol=0)
+        assert float(share) == pytest.approx(float(best @ best / (truth @ truth)), rel=1e-4)
+    assert 0.2 < float(kept.min()) and float(kept.max()) < 0.999
+
+
+def test_mixtures_stay_inside(made, built):
+    space, _ = made
+    shares = torch.zeros(1, len(RANKS)).double()
+    shares[0, 1], shares[0, 4] = 0.3, 0.7
+    w = space.decode(space.basis.mixture(shares))
+    expected = 0.3 * built[1] + 0.7 * built[4]
+    torch.testing.assert_close(dense_vector(space, w[0]), expected, atol=3e-4, rtol=0)
+    with pytest.raises(ConfigError, match="sum to one"):
+        space.basis.mixture(shares * 2)
+
+
+def test_weights_of_files_move_the_mean(loras, built):
+    weights = {"file 0": 3.0, "file 6": 0.0}
+    space, _ = fit_delta(members_of(loras), CollectionSettings(rank=30), weights=weights)
+    p = torch.tensor([3.0, 1, 1, 1, 1, 1, 0]).double() / 8
+    mean = dense_vector(space, space.decode(torch.zeros(1, space.latent_size))[0])
+    torch.testing.assert_close(mean, p @ built, atol=2e-4, rtol=0)
+    z = members_identity(space).double()
+    torch.testing.assert_close(p @ z, torch.zeros(z.shape[1]).double(), atol=1e-4, rtol=0)
+    for bad in ({"nobody": 1.0}, {"file 0": float("nan")}, {"file 0": -1.0}):
+        with pytest.raises(ConfigError):
+            fit_delta(members_of(loras), weights=bad)
+
+
+def test_shares_of_the_report_are_those_of_refits(made, built):
+    _, report = made
+    for i in (0, 3):
+        rest = torch.cat([built[:i], built[i + 1 :]])
+        mean = rest.mean(0)
+        _, _, v = torch.linalg.svd(rest - mean, full_matrices=False)
+        v = v[: len(rest) - 1]
+        guess = mean + (built[i] - mean) @ v.T @ v
+        share = 1 - (built[i] - guess).square().sum() / built[i].square().sum()
+        assert report.held_out[i] == pytest.approx(float(share), abs=1e-4)
+        cosine = (built[i] @ mean) / (built[i].norm() * mean.norm())
+        assert report.mean_only[i] == pytest.approx(float(cosine) ** 2, abs=1e-4)
+
+
+def test_file_round_trip_to_the_bit(made, tmp_path):
+    space, _ = made
+    path = tmp_path / "space.safetensors"
+    save_space(space, path)
+    read = load_space(path)
+    z = torch.randn(2, space.latent_size, generator=generator(8))
+    assert torch.equal(read.decode(z), space.decode(z))
+    assert torch.equal(read.encode(space.decode(z)).mean, space.encode(space.decode(z)).mean)
+    recomputed = dataclasses.replace(read, provenance={"name": "x"})
+    assert read.fingerprint == space.fingerprint == recomputed.fingerprint
+    file = open_container(path)
+    assert file.metadata["format_version"] == "2"
+    stored = {e.dtype for n, e in file.entries.items() if n.startswith("delta.")}
+    assert stored == {torch.float16}
+    again = tmp_path / "again.safetensors"
+    save_space(read, again)
+    assert again.read_bytes() == path.read_bytes()
+
+
+def test_opening_reads_no_factors(made, tmp_path, monkeypatch):
+    save_space(made[0], tmp_path / "s.safetensors")
+    seen = []
+    container = type(open_container(tmp_path / "s.safetensors"))
+    original = container.read
+    monkeypatch.setattr(
+        container, "read", lambda self, n, **k: (seen.append(n), original(self, n, **k))[1]
+    )
+    space = load_space(tmp_path / "s.safetensors")
+    space.sample(2, generator=generator())
+    assert not [n for n in seen if n.startswith("delta.")]
+    space.decode(torch.zeros(1, space.latent_size))
+    assert len([n for n in seen if n.startswith("delta.")]) == 2 * len(SIZES)
+
+
+def test_a_damaged_file_is_refused_by_name(made, tmp_path):
+    import json
+    import struct
+
+    path = tmp_path / "s.safetensors"
+    save_space(made[0], path)
+    whole = path.read_bytes()
+    (length,) = struct.unpack("<Q", whole[:8])
+    header = json.loads(whole[8 : 8 + length])
+    for change in (
+        lambda c: c["basis"].update(members=99),
+        lambda c: c["basis"].update(rank="x"),
+        lambda c: c["basis"].pop("blocks"),
+        lambda c: c["layout"]["modules"].pop(),
+    ):
+        config = json.loads(header["__metadata__"]["config"])
+        change(config)
+        damaged = {
+            **header,
+            "__metadata__": {**header["__metadata__"], "config": json.dumps(config)},
+        }
+        text = json.dumps(damaged).encode()
+        path.write_bytes(struct.pack("<Q", len(text)) + text + whole[8 + length :])
+        with pytest.raises(FormatError):
+            load_space(path)
+
+
+def test_members_cut_to_a_rank_and_the_error_of_it(loras):
+    cut_to = CollectionSettings(rank=30, cut_to=2)
+    space, report = fit_delta(members_of(loras), cut_to)
+    expected = total = 0.0
+    for update in loras.values():
+        for f in update.values():
+            size = float(f.dense().square().sum())
+            total += size
+            expected += size - cut(f, 2)[1]
+    assert report.rounding == pytest.approx((expected / total) ** 0.5, rel=1e-2)
+    assert int(space.basis.stacks.ranks.max()) == 2
+
+
+def test_copies_pairs_and_outliers_are_named(loras):
+    more = dict(loras)
+    more["copy"] = {n: Factors(f.down, f.up, 2 * f.scale) for n, f in loras["file 1"].items()}
+    more["giant"] = {n: Factors(f.down, f.up, 50 * f.scale) for n, f in loras["file 5"].items()}
+    more["empty"] = {n: Factors(f.down, f.up * 0, 1.0) for n, f in loras["file 1"].items()}
+    _, report = fit_delta(members_of(more))
+    found = {(a, b): c for a, b, c in report.copies}
+    assert found[("copy", "file 1")] == pytest.approx(2.0, rel=1e-3)
+    assert "giant" in dict(report.outliers)
+    assert "zero" in dict(report.refused)["empty"] and len(report.names) == 9
+    assert "mixtures" in report.expectation or "mix" in report.expectation
+    text = str(report)
+    assert "copies: copy is file 1" in text and "did not fit: empty" in text
+
+
+def test_what_a_file_tells_keeps_names_to_itself(loras):
+    space, _ = fit_delta(members_of(loras))
+    assert "file 0" not in str(space.provenance)
+    named, _ = fit_delta(members_of(loras), CollectionSettings(keep_names=True))
+    assert named.provenance["members"] == list(loras)
+
+
+def test_too_few_or_only_copies(loras):
+    with pytest.raises(DataError, match="two LoRAs at least"):
+        fit_delta(members_of({"one": loras["file 0"]}))
+    twice = {"a": loras["file 0"], "b": loras["file 0"]}
+    with pytest.raises(DataError, match="nothing between them"):
+        fit_delta(members_of(twice))
+
+
+def test_members_of_another_family_or_size_do_not_fit(loras):
+    other = {"double_blocks.0.img_attn.qkv": Factors(torch.ones(1, 3072), torch.ones(9216, 1))}
+    wide = {
+        n: Factors(torch.ones(1, 1024 if f.down.shape[1] == 768 else f.down.shape[1]), f.up[:, :1])
+        for n, f in loras["file 0"].items()
+    }
+    kept, refused = fitting(members_of({**loras, "flux": other, "wide": wide}))
+    assert [m.name for m in kept] == list(loras)
+    assert "flux" in dict(refused)["flux"] and "sd2" in dict(refused)["wide"]
+
+
+def test_spellings_of_one_lora_are_one(loras, tmp_path):
+    update = loras["file 1"]
+    kohya, peft, older = {}, {}, {}
+    for n, f in update.items():
+        key = "lora_unet_" + n.replace(".", "_")
+        kohya[key + ".lora_down.weight"], kohya[key + ".lora_up.weight"] = f.down, f.up
+        kohya[key + ".alpha"] = torch.tensor(f.scale * f.rank)
+        peft[f"base_model.model.{n}.lora_A.weight"] = f.down
+        peft[f"base_model.model.{n}.lora_B.weight"] = f.up * f.scale
+        stem, target = n.rsplit(".", 1)
+        older[f"unet.{stem}.processor.{target}_lora.down.weight"] = f.down
+        older[f"unet.{stem}.processor.{target}_lora.up.weight"] = f.up * f.scale
+    kohya["lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight"] = torch.ones(1, 768)
+    kohya["lora_te_text_model_encoder_layers_0_mlp_fc1.lora_up.weight"] = torch.ones(768, 1)
+    for name, tensors in (("kohya", kohya), ("peft", peft), ("older", older)):
+        save_file({k: t.contiguous() for k, t in tensors.items()}, tmp_path / f"{name}.safetensors")
+    (tmp_path / "broken.safetensors").write_bytes(b"no")
+    save_file({"x.hada_w1_a": torch.ones(1)}, tmp_path / "loha.safetensors")
+    members, refused = open_members(lora_files([tmp_path]))
+    assert [m.name for m in members] == ["kohya", "older", "peft"]
+    assert sorted(name for name, _ in refused) == ["broken", "loha"]
+    assert "LoHa" in dict(refused)["loha"]
+    assert members[0].apart == 1 and {m.family for m in members} == {"sd15"}
+    together = collect(members)
+    assert set(together.shapes) == set(SIZES)
+    from w2wpp.lora.delta import inner
+
+    total = sum(inner(together.stack(i)) for i in range(len(SIZES)))
+    torch.testing.assert_close(cosines(total), torch.ones(3, 3).double(), atol=1e-6, rtol=0)
+    torch.testing.assert_close(total, total[0, 0].expand(3, 3), rtol=1e-3, atol=0)
+
+
+def test_the_shares_are_bounded(made):
+    space, _ = made
+    gram, p = space.basis.grams.total, space.basis.weights
+    for shares in (held_out_shares(gram, p), mean_shares(gram, p)):
+        assert bool(((shares >= 0) & (shares <= 1)).all())
+
+
+def test_a_lora_from_outside_is_encoded_with_its_shares(made, built):
+    space, _ = made
+    g = generator(11)
+    own = lora(g, 5)
+    mixed = built[1] * 0.6 + built[3] * 0.4
+    truth = mixed + 0.3 * dense(own)
+    (member,) = members_of({"other": own})
+    _, alone = encode_lora(space, as_member(member))
+    target = {}
+    start = 0
+    for name, (out, size) in SIZES.items():
+        block = truth[start : start + out * size].view(out, size)
+        u, s, vt = torch.linalg.svd(block, full_matrices=False)
+        target[name] = Factors((s[:, None] * vt).float(), u.float())
+        start += out * size
+    (member,) = members_of({"target": target})
+    identity, report = encode_lora(space, member)
+    mean = built.mean(0)
+    _, _, v = torch.linalg.svd(built - mean, full_matrices=False)
+    v = v[: len(built) - 1]
+    guess = mean + (truth - mean) @ v.T @ v
+    missed = float((truth - guess).square().sum())
+    assert report.explained == pytest.approx(1 - missed / float(truth.square().sum()), abs=1e-4)
+    assert report.weight_r2 == pytest.approx(
+        1 - missed / float((truth - mean).square().sum()), abs=1e-4
+    )
+    cosine = float(truth @ mean / (truth.norm() * mean.norm()))
+    assert report.mean_share == pytest.approx(cosine**2, abs=1e-4)
+    assert alone.explained < 0.5 < report.explained
+    blocks, start = {}, 0
+    for name, (out, size) in SIZES.items():
+        key = ".".join(name.split(".")[:2])
+        t, q = (x[start : start + out * size] for x in (truth, guess))
+        done = blocks.setdefault(key, [0.0, 0.0])
+        done[0] += float((t - q).square().sum())
+        done[1] += float(t.square().sum())
+        start += out * size
+    for key, (lost, whole) in blocks.items():
+        assert report.by_block[key] == pytest.approx(1 - lost / whole, abs=1e-3)
+    found = dense_vector(space, identity.vectors(space)[0])
+    torch.testing.assert_close(found, guess, atol=2e-3, rtol=0)
+
+
+def test_twins_of_any_rank_and_gauge_encode_alike(made, loras):
+    space, _ = made
+    g = generator(12)
+    for rank in (1, 4, 16):
+        own = {
+            n: Factors(torch.cat([f.down, 0.3 * loras["file 2"].get(n, f).down]),
+                       torch.cat([f.up, loras["file 2"].get(n, f).up], 1), f.scale)
+            for n, f in lora(g, rank).items()
+        }  # fmt: skip
+        turned = {}
+        for n, f in own.items():
+            q = torch.linalg.qr(torch.randn(f.rank, f.rank, generator=g))[0].double()
+            m = q * (0.2 + torch.rand(f.rank, generator=g).double())
+            turned[n] = Factors(
+                torch.linalg.solve(m, f.down.double()).float(),
+                (f.up.double() @ m * 3).float(),
+                f.scale / 3,
+            )
+        one, other = (encode_lora(space, x)[0].z for x in members_of({"a": own, "b": turned}))
+        assert float((one - other).abs().max()) < 1e-4
+
+
+def test_what_can_not_be_encoded(made):
+    space, _ = made
+    (flux,) = members_of(
+        {"f": {"double_blocks.0.img_mlp.0": Factors(torch.ones(1, 8), torch.ones(8, 1))}}
+    )
+    with pytest.raises(LayoutMismatch, match="none of the 4 modules"):
+        encode_lora(space, flux)
+    zero = {n: Factors(torch.ones(1, i), torch.zeros(o, 1)) for n, (o, i) in SIZES.items()}
+    with pytest.raises(DataError, match="nothing to encode"):
+        encode_lora(space, members_of({"zero": zero})[0])
+    wrong = {n: Factors(torch.ones(1, i), torch.ones(o + 1, 1)) for n, (o, i) in SIZES.items()}
+    with pytest.raises(LayoutMismatch, match="another base model"):
+        encode_lora(space, members_of({"wrong": wrong})[0])
+
+
+def test_a_member_encodes_to_its_own_latent_from_a_file_or_tensors(made, loras):
+    space, _ = made
+    tensors = {}
+    for n, f in loras["file 4"].items():
+        key = "lora_unet_" + n.replace(".", "_")
+        tensors[key + ".lora_down.weight"], tensors[key + ".lora_up.weight"] = f.down, f.up
+        tensors[key + ".alpha"] = torch.tensor(f.scale * f.rank)
+    expected = members_identity(space)[4:5]
+    for given in (tensors, lora_of_tensors(tensors)):
+        identity, report = encode_lora(space, given, residual=True)
+        torch.testing.assert_close(identity.z, expected, atol=1e-4, rtol=0)
+        assert report.explained == pytest.approx(1.0, abs=1e-4)
+        assert float(identity.residual.abs().max()) < 1e-5

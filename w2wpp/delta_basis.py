@@ -1,0 +1,414 @@
+"""The delta basis: principal components of updates dW themselves, which are never built.
+
+A LoRA's factors A and B mean nothing apart, so LoRAs from anywhere can be compared by their updates
+only. Let dW_i be those of N members, p their weights (which sum to one), mean = sum_i p_i dW_i, and
+G [N, N] their Gram matrix. PCA needs no more than G (kernel PCA, Schoelkopf et al. 1998):
+
+    K = P^1/2 (G - 1 m^T - m 1^T + m^T p) P^1/2 = U L U^T,  m = G p, P = diag(p)
+    V_k = sum_i p_i^1/2 U_ik (dW_i - mean) / L_k^1/2        principal updates, orthonormal
+    c_k = <dW - mean, V_k> / s_k,  s_k = (L_k n / (n - 1))^1/2,  n = 1 / sum_i p_i^2
+
+So a point of the space is a combination of the members whose weights sum to one,
+
+    dW = mean + sum_k c_k s_k V_k = sum_i a_i dW_i,  a = p + c Q,  Q [K, N]
+
+and to encode is to take inner products with the members. Vectors are LoRAs of the layout's rank:
+lifting cuts the combination to it, projecting reads A and B in any gauge.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .basis import KEPT_BYTES, check_batch
+from .errors import ConfigError, DataError, FormatError
+from .files.container import Container, Streamed
+from .lora.collection import Stacks
+from .lora.delta import Factors, Stack, cut, inner, square_norm, stack
+from .lora.families import blocks
+from .lora.layout import Layout
+
+NEGLIGIBLE = 1e-6  # share of the largest eigenvalue below which a component is rounding
+
+
+@dataclass(frozen=True, eq=False)
+class Grams:
+    """Inner products of N members: of everything, and block by block of the model."""
+
+    total: Tensor  # [N, N] double
+    blocks: dict[str, Tensor]  # {block: [N, N]}, single precision; they sum to the total
+    scales: Tensor  # [M, N] double, of the factors that were read
+
+
+@dataclass(frozen=True, eq=False)
+class Products:
+    """One LoRA against the members of a basis, block by block: <dW, dW_i> and |dW|^2."""
+
+    with_members: dict[str, Tensor]  # {block: [N]}
+    own: dict[str, float]
+
+    @property
+    def total(self) -> Tensor:
+        return torch.stack(list(self.with_members.values())).sum(0)
+
+    @property
+    def square_norm(self) -> float:
+        return sum(self.own.values())
+
+
+class DeltaBasis:
+    """Components of the updates of N members, as combinations of them; see the module.
+
+    The members' factors are read from `stacks` whenever they are needed, and kept if they are small.
+    """
+
+    kind = "delta"
+
+    def __init__(
+        self,
+        layout: Layout,
+        stacks: Stacks,
+        *,
+        grams: Callable[[], Grams],
+        weights: Tensor,
+        mixing: Tensor,
+        singular_values: Tensor,
+    ) -> None:
+        self.layout, self.stacks, self._grams = layout, stacks, grams
+        self.size, self.rank = layout.size, len(mixing)  # P, K
+        self.weights, self.mixing = weights.double(), mixing.double()  # p [N], Q [K, N]
+        self.singular_values = singular_values.float()  # [K]
+        self._kept: dict[int, Stack] = {}
+        numbers = sum(
+            int(n) * (m.in_features + m.out_features)
+            for n, m in zip(stacks.ranks.sum(1), layout.modules)
+        )
+        self._keeps = 4 * numbers <= KEPT_BYTES
+
+    @property
+    def count(self) -> int:
+        """N."""
+        return len(self.weights)
+
+    @functools.cached_property
+    def grams(self) -> Grams:
+        return self._grams()
+
+    @functools.cached_property
+    def block_names(self) -> dict[str, str]:
+        return blocks(m.name for m in self.layout.modules)
+
+    def member_coefficients(self) -> Tensor:
+        """Whitened coefficients of the members [N, K]."""
+        return self.coefficients(self.grams.total).float()
+
+    def coefficients(self, products: Tensor) -> Tensor:
+        """Inner products with the members [B, N] -> whitened coefficients [B, K] in double precision."""
+        centred = products.double() - self.grams.total.to(products.device) @ self.weights
+        return centred @ (self.mixing / self.singular_values.double()[:, None].square()).T
+
+    def shares(self, c: Tensor) -> Tensor:
+        """Whitened coefficients c [B, K] -> weights a [B, N] of the members, which sum to one."""
+        return self.weights + c.double() @ self.mixing
+
+    def mixture(self, shares: Tensor) -> Tensor:
+        """Weights of the members [B, N], each row with the sum one -> whitened coefficients [B, K]."""
+        if not torch.allclose(shares.double().sum(1), torch.ones(len(shares), dtype=torch.float64)):
+            raise ConfigError(f"The weights of a mixture sum to one. Got {shares.sum(1).tolist()}.")
+        return self.coefficients(shares.double() @ self.grams.total).float()
+
+    def project(self, w: Tensor) -> Tensor:
+        """LoRAs w [B, P] in any gauge -> whitened coefficients [B, K]."""
+        check_batch(w, self.size, "vectors", "P")
+        found = torch.zeros(len(w), self.count, dtype=torch.float64, device=w.device)
+        for i, (_, down, up) in enumerate(self.layout.slices()):
+            rows = [self._factors(row, i, down, up) for row in w.detach()]
+            together = stack(rows)
+            if together is not None:
+                found += inner(together, self.stack(i))
+        return self.coefficients(found).float()
+
+    def products(self, read: Callable[[int], Factors | None]) -> Products:
+        """A LoRA of any ranks, given module by module, against the members."""
+        with_members = {b: torch.zeros(self.count, dtype=torch.float64) for b in self._block_list()}
+        own = dict.fromkeys(with_members, 0.0)
+        for i, module in enumerate(self.layout.modules):
+            together = stack([read(i)])
+            if together is not None:
+                block = self.block_names[module.name]
+                with_members[block] += inner(together, self.stack(i))[0].cpu()
+                own[block] += float(inner(together))
+        return Products(with_members, own)
+
+    def lift(self, c: Tensor) -> Tensor:
+        """Whitened coefficients c [B, K] -> LoRAs w [B, P] of the layout's rank, balanced.
+
+        The nearest of that rank to each combination; `kept_energy` tells how near.
+        """
+        check_batch(c, self.rank, "coefficients", "K")
+        shares = self.shares(c.detach())
+        w = torch.empty(len(c), self.size, device=c.device)
+        for i, (_, down, up) in enumerate(self.layout.slices()):
+            together = self.stack(i)
+            for row, a in zip(w, shares):
+                f, _ = cut(together.weighted(a), self.layout.rank)
+                row[down], row[up] = f.down.flatten(), f.up.flatten()
+        return w
+
+    def combination(self, c: Tensor) -> dict[str, Factors]:
+        """The combination of one c [1, K] before any cut: members side by side, of their ranks' sum."""
+        check_batch(c, self.rank, "coefficients", "K")
+        shares = self.shares(c.detach())[0]
+        return {m.name: self.stack(i).weighted(shares) for i, m in enumerate(self.layout.modules)}
+
+    def kept_energy(self, c: Tensor, w: Tensor) -> Tensor:
+        """Share of |dW|^2 [B] of the combinations c [B, K] that their lifted vectors w [B, P] hold."""
+        a = self.shares(c.detach()).cpu()
+        whole = ((a @ self.grams.total) * a).sum(1)
+        held = torch.zeros(len(w), dtype=torch.float64)
+        for i, (_, down, up) in enumerate(self.layout.slices()):
+            held += torch.tensor([square_norm(self._factors(row, i, down, up)) for row in w])
+        return torch.where(whole > 0, held / whole, 1.0).clamp(max=1.0)
+
+    def standardise(self, difference: Tensor) -> Tensor:
+        """Vectors of a delta basis have no standard form: their numbers mean nothing one by one."""
+        raise ConfigError("A delta basis compares updates, not the numbers of A and B.")
+
+    def truncated(self, rank: int) -> DeltaBasis:
+        """The first `rank` components."""
+        if not 1 <= rank <= self.rank:
+            raise ConfigError(f"A basis of {self.rank} components can't be truncated to {rank}.")
+        return self._with(self.stacks, self.mixing[:rank], self.singular_values[:rank])
+
+    def to(self, device: torch.device | str) -> DeltaBasis:
+        moved = _Moved(self.stacks, torch.device(device))
+        basis = self._with(moved, self.mixing.to(device), self.singular_values.to(device))
+        basis.weights = self.weights.to(device)
+        return basis
+
+    def stack(self, module: int) -> Stack:
+        """Module number `module` of all members."""
+        if module in self._kept:
+            return self._kept[module]
+        found = self.stacks.stack(module)
+        if found is None:
+            raise DataError(f"No member has {self.layout.modules[module].name}.")
+        if self._keeps:
+            self._kept[module] = found
+        return found
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What decides the coordinates; the members' factors are apart, in `bulk`."""
+        grams = self.grams
+        by_block = torch.stack([grams.blocks[b] for b in self._block_list()])
+        return {
+            "gram": grams.total,
+            "gram_blocks": by_block,
+            "scales": grams.scales,
+            "ranks": self.stacks.ranks,
+            "weights": self.weights.cpu(),
+            "mixing": self.mixing.cpu(),
+            "singular_values": self.singular_values.cpu(),
+        }
+
+    def bulk(self) -> dict[str, Streamed]:
+        """The members' factors as a file keeps them, module by module, in half precision."""
+        found = {}
+        total = self.stacks.ranks.sum(1).tolist()
+        for i, module in enumerate(self.layout.modules):
+            for part, size in (("down", module.in_features), ("up", module.out_features)):
+                chunks = _later(self._half, i, part)
+                found[f"delta.{i:05d}.{part}"] = Streamed(
+                    torch.float16, (int(total[i]), size), chunks
+                )
+        return found
+
+    def bulk_bytes(self) -> int:
+        return sum(2 * t.shape[0] * t.shape[1] for t in self.bulk().values())
+
+    def config(self) -> dict[str, Any]:
+        return {
+            "kind": self.kind,
+            "size": self.size,
+            "rank": self.rank,
+            "members": self.count,
+            "blocks": self._block_list(),
+        }
+
+    @classmethod
+    def from_container(
+        cls, file: Container, layout: Layout, config: Mapping[str, Any]
+    ) -> DeltaBasis:
+        """The basis of a file, checked now; its factors are read module by module, later."""
+        n, k, names = config["members"], config["rank"], list(config["blocks"])
+        m = len(layout.modules)
+        if not all(type(size) is int and size >= 1 for size in (n, k)):
+            raise ConfigError(f"impossible sizes: {n!r} members, {k!r} components.")
+        if sorted(set(blocks(x.name for x in layout.modules).values())) != names:
+            raise ConfigError("its blocks are not those of its modules.")
+        double, single = torch.float64, (torch.float16, torch.float32)
+        file.require("basis.gram", (n, n), double)
+        file.require("basis.gram_blocks", (len(names), n, n), *single)
+        file.require("basis.scales", (m, n), double)
+        file.require("basis.ranks", (m, n), torch.int32)
+        file.require("basis.weights", (n,), double)
+        file.require("basis.mixing", (k, n), double)
+        file.require("basis.singular_values", (k,), *single)
+        stacks = _FileStacks(file, layout)
+        values = file.read("basis.singular_values").float()
+        if not bool((values > 0).all()):
+            raise FormatError(
+                f"{file.path}: the singular values of its basis are not all positive."
+            )
+
+        def grams() -> Grams:
+            by_block = file.read("basis.gram_blocks").float()
+            return Grams(file.read("basis.gram"), dict(zip(names, by_block)), stacks.scales)
+
+        return cls(
+            layout,
+            stacks,
+            grams=grams,
+            weights=file.read("basis.weights"),
+            mixing=file.read("basis.mixing"),
+            singular_values=values,
+        )
+
+    def _block_list(self) -> list[str]:
+        return sorted(set(self.block_names.values()))
+
+    def _with(self, stacks: Stacks, mixing: Tensor, values: Tensor) -> DeltaBasis:
+        return DeltaBasis(
+            self.layout,
+            stacks,
+            grams=lambda: self.grams,
+            weights=self.weights,
+            mixing=mixing,
+            singular_values=values,
+        )
+
+    def _factors(self, w: Tensor, module: int, down: slice, up: slice) -> Factors:
+        m, r = self.layout.modules[module], self.layout.rank
+        a, b = w[down].view(r, m.in_features), w[up].view(m.out_features, r)
+        return Factors(a, b, self.layout.scale)
+
+    def _half(self, module: int, part: str) -> Iterator[Tensor]:
+        found = self.stack(module)
+        yield (found.down if part == "down" else found.up.T).half()
+
+
+def delta_components(
+    gram: Tensor, weights: Tensor, components: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Q [K, N] and singular values [K] of members with a Gram matrix [N, N] and weights [N].
+
+    All components above rounding, or the first so many.
+    """
+    p = weights.double()
+    mean = gram @ p
+    centred = gram - mean[:, None] - mean + p @ mean
+    root = p.sqrt()
+    values, u = torch.linalg.eigh(root[:, None] * centred * root)
+    values, u = values.flip(0), u.flip(1)
+    # Against the updates' own size: what copies of one LoRA leave is rounding, however large beside nothing.
+    floor = NEGLIGIBLE * max(float(values[0]), 1e-3 * float(gram.diagonal() @ p))
+    usable = int((values > floor).sum())
+    if not usable:
+        raise DataError(
+            f"All {len(p)} LoRAs have the same update: there is nothing between them. Add others."
+        )
+    if components is not None and not 1 <= components <= usable:
+        raise ConfigError(
+            f"These {len(p)} LoRAs span {usable} components. Ask for 1 to {usable}. Got {components}."
+        )
+    k = components or usable
+    values, u = values[:k], u[:, :k]
+    signs = torch.sign(u.gather(0, u.abs().argmax(0, keepdim=True)))  # eigenvectors have none
+    n = 1.0 / float(p.square().sum())
+    s = (values * n / (n - 1.0)).sqrt()
+    mixing = (signs * u * root[:, None] * (s / values.sqrt())).T
+    return mixing.contiguous(), s.float()
+
+
+def compute_grams(
+    layout: Layout, stacks: Stacks, progress: Callable[[int, int], None] | None = None
+) -> Grams:
+    """Inner products of all members, reading each module once. `progress(done, of)` may raise."""
+    n, modules = stacks.count, layout.modules
+    total = torch.zeros(n, n, dtype=torch.float64)
+    named = blocks(m.name for m in modules)
+    by_block = {b: torch.zeros(n, n, dtype=torch.float64) for b in sorted(set(named.values()))}
+    scales = torch.zeros(len(modules), n, dtype=torch.float64)
+    for i, module in enumerate(modules):
+        found = stacks.stack(i)
+        if found is not None:
+            part = inner(found)
+            total += part
+            by_block[named[module.name]] += part
+            scales[i].index_copy_(0, found.owner, found.scale)
+        if progress is not None:
+            progress(i + 1, len(modules))
+    if not bool(torch.isfinite(total).all()):
+        raise DataError("The updates of these LoRAs overflow: one of them holds absurd numbers.")
+    return Grams(total, {b: g.float() for b, g in by_block.items()}, scales)
+
+
+class _FileStacks:
+    """Stacks of a space file: delta.<module>.down [R, in] and .up [R, out], half precision."""
+
+    def __init__(self, file: Container, layout: Layout) -> None:
+        self._file = file
+        self.ranks = file.read("basis.ranks")
+        self.scales = file.read("basis.scales")
+        self.count = self.ranks.shape[1]
+        if bool((self.ranks < 0).any()) or not bool((self.ranks.sum(1) > 0).all()):
+            raise FormatError(f"{file.path}: the ranks of its members are impossible.")
+        for i, m in enumerate(layout.modules):
+            total = int(self.ranks[i].sum())
+            file.require(f"delta.{i:05d}.down", (total, m.in_features), torch.float16)
+            file.require(f"delta.{i:05d}.up", (total, m.out_features), torch.float16)
+
+    @torch.inference_mode(False)
+    def stack(self, module: int) -> Stack:
+        ranks = self.ranks[module].long()
+        return Stack(
+            self._file.read(f"delta.{module:05d}.down").float(),
+            self._file.read(f"delta.{module:05d}.up").float().T,
+            self.scales[module].repeat_interleave(ranks),
+            torch.arange(self.count).repeat_interleave(ranks),
+            self.count,
+        )
+
+
+class _Moved:
+    """Stacks on a device."""
+
+    def __init__(self, stacks: Stacks, device: torch.device) -> None:
+        self._stacks, self._device = stacks, device
+        self.count, self.ranks = stacks.count, stacks.ranks
+
+    def stack(self, module: int) -> Stack | None:
+        found = self._stacks.stack(module)
+        if found is None:
+            return None
+        parts = (found.down, found.up, found.scale, found.owner)
+        down, up, scale, owner = (t.to(self._device) for t in parts)
+        return Stack(down, up, scale, owner, found.count)
+
+
+@dataclass(frozen=True)
+class _later:
+    """An iterable that calls a function each time it is iterated, so that a file can be written twice."""
+
+    call: Callable[..., Iterator[Tensor]]
+    module: int
+    part: str
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return self.call(self.module, self.part)

@@ -1,0 +1,193 @@
+"""Updates of low rank, without building them: inner products, sums, and the nearest of a lower rank.
+
+A module's update is dW = scale * B A with A [r, in] and B [out, r]. A and B alone mean nothing:
+B G and G^-1 A are the same update for every invertible G [r, r]. Everything here depends on dW only
+and costs O(r) of what dW itself would:
+
+    <dW_i, dW_j> = scale_i scale_j tr((B_i^T B_j)(A_j A_i^T))
+
+A sum of updates is their factors side by side, and its nearest update of a lower rank comes from
+QR decompositions of the two stacks and an SVD of what is between them (Eckart & Young 1936).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+EXACT_RANK = 512  # up to this many stacked ranks, products are taken in double precision as well
+BLOCK = 512  # rows of the stacked factors that are multiplied at a time
+DIRECT = 384  # smallest side of a stack up to which its SVD is taken as a whole
+OVERSAMPLING, ITERATIONS = 16, 3  # of the subspace iteration beyond that
+
+
+@dataclass(frozen=True, eq=False)
+class Factors:
+    """The update of one module, scale * up @ down."""
+
+    down: Tensor  # A [r, in]
+    up: Tensor  # B [out, r]
+    scale: float = 1.0
+
+    @property
+    def rank(self) -> int:
+        return self.down.shape[0]
+
+    def dense(self) -> Tensor:
+        """dW [out, in] in double precision; for tests and small modules."""
+        return self.scale * (self.up.double() @ self.down.double())
+
+
+Update = Mapping[str, Factors]  # a whole LoRA: {module: its update}; absent is zero
+
+
+@dataclass(frozen=True, eq=False)
+class Stack:
+    """Updates of one module from several LoRAs side by side.
+
+    down [R, in], up [out, R], scale [R] in double precision, owner [R]: which of the `count` LoRAs a
+    column belongs to. R is the sum of their ranks; a LoRA without this module owns none.
+    """
+
+    down: Tensor
+    up: Tensor
+    scale: Tensor
+    owner: Tensor
+    count: int
+
+    @property
+    def rank(self) -> int:
+        return len(self.owner)
+
+    def weighted(self, weights: Tensor) -> Factors:
+        """sum_i weights_i dW_i for weights [count], exact, of rank R at most; zeros are left out."""
+        share = (weights.to(self.scale)[self.owner] * self.scale).to(self.up)
+        kept = share != 0
+        if bool(kept.all()):
+            return Factors(self.down, self.up * share)
+        return Factors(self.down[kept], self.up[:, kept] * share[kept])
+
+
+def stack(factors: Sequence[Factors | None]) -> Stack | None:
+    """One module of several LoRAs, None where one lacks it; None if all of them do."""
+    present = [(i, f) for i, f in enumerate(factors) if f is not None and f.rank]
+    if not present:
+        return None
+    down = torch.cat([f.down.float() for _, f in present])
+    up = torch.cat([f.up.float() for _, f in present], dim=1)
+    ranks = torch.tensor([f.rank for _, f in present])
+    scale = torch.tensor([f.scale for _, f in present], dtype=torch.float64)
+    owner = torch.tensor([i for i, _ in present])
+    scale, owner = (t.repeat_interleave(ranks).to(down.device) for t in (scale, owner))
+    return Stack(down, up, scale, owner, len(factors))
+
+
+def inner(first: Stack, second: Stack | None = None) -> Tensor:
+    """<dW_i, dW_j> of one module, [first.count, second.count] in double precision.
+
+    With one stack, its own Gram matrix, at half of the cost. Products are summed in double
+    precision; the products themselves are single where stacks are large.
+    """
+    other = first if second is None else second
+    exact = max(first.rank, other.rank) <= EXACT_RANK
+    dtype = torch.float64 if exact else torch.float32
+    a, b = first.down.to(dtype), first.up.T.to(dtype)
+    c, d = (a.T, b.T) if second is None else (second.down.T.to(dtype), second.up.to(dtype))
+    found = torch.zeros(first.count, other.count, dtype=torch.float64, device=a.device)
+    for start in range(0, first.rank, BLOCK):
+        rows = slice(start, start + BLOCK)
+        # Of a symmetric matrix, the blocks left of the diagonal and the one on it are enough.
+        columns = slice(0, start + BLOCK) if second is None else slice(None)
+        product = (a[rows] @ c[:, columns]).mul_(b[rows] @ d[:, columns]).double()
+        product *= first.scale[rows, None] * other.scale[columns]
+        by_owner = _sums(product, first.owner[rows], first.count, 0)
+        part = _sums(by_owner, other.owner[columns], other.count, 1)
+        if second is None and start:
+            left = _sums(by_owner[:, :start], other.owner[:start], other.count, 1)
+            part = part + left.T
+        found += part
+    return found
+
+
+def gram(updates: Sequence[Update]) -> Tensor:
+    """<dW_i, dW_j> of whole LoRAs, [N, N] in double precision."""
+    modules = sorted({name for update in updates for name in update})
+    found = torch.zeros(len(updates), len(updates), dtype=torch.float64)
+    for name in modules:
+        together = stack([update.get(name) for update in updates])
+        if together is not None:
+            found += inner(together)
+    return found
+
+
+def combine(updates: Sequence[Update], weights: Tensor) -> dict[str, Factors]:
+    """sum_i weights_i dW_i, exact: factors side by side."""
+    found = {}
+    for name in sorted({name for update in updates for name in update}):
+        together = stack([update.get(name) for update in updates])
+        if together is not None:
+            found[name] = together.weighted(weights)
+    return found
+
+
+def square_norm(f: Factors) -> float:
+    """|dW|^2."""
+    a, b = f.down.double(), f.up.double()
+    return max(0.0, f.scale**2 * float(((b.T @ b) * (a @ a.T)).sum()))
+
+
+def cut(f: Factors, rank: int) -> tuple[Factors, float]:
+    """The nearest update of a rank, balanced (|A_k| = |B_k|), and the |dW|^2 that it keeps.
+
+    Exactly `rank` rows, zero where dW has fewer. Signs are fixed, so that the same update gives the
+    same numbers.
+    """
+    size_out, size_in = f.up.shape[0], f.down.shape[1]
+    smallest = min(f.rank, size_out, size_in)
+    new_down = torch.zeros(rank, size_in, device=f.down.device)
+    new_up = torch.zeros(size_out, rank, device=f.up.device)
+    if not smallest:
+        return Factors(new_down, new_up), 0.0
+    whole = smallest <= max(DIRECT, rank + OVERSAMPLING)
+    u, s, vt = _svd(f) if whole else _leading(f, rank + OVERSAMPLING)
+    k = min(rank, len(s))
+    u, s, vt = u[:, :k], s[:k], vt[:k]
+    # The entry of each row of A that is largest becomes positive.
+    signs = torch.sign(vt.gather(1, vt.abs().argmax(1, keepdim=True)))
+    root = s.sqrt()[:, None]
+    new_down[:k] = (signs * root * vt).float()
+    new_up[:, :k] = (u * (signs * root).T).float()
+    return Factors(new_down, new_up), float(s.double().square().sum())
+
+
+def _svd(f: Factors) -> tuple[Tensor, Tensor, Tensor]:
+    """u [out, k], s [k], vt [k, in] of dW, through QR of the thin factors."""
+    q_b, r_b = torch.linalg.qr(f.up.double() * f.scale)
+    q_a, r_a = torch.linalg.qr(f.down.double().T)
+    u, s, vt = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
+    return q_b @ u, s, vt @ q_a.T
+
+
+def _leading(f: Factors, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The same for the leading singular values only, by subspace iteration (Halko et al. 2011, alg. 4.4).
+
+    Its start is seeded; exact where dW has that rank or less.
+    """
+    generator = torch.Generator().manual_seed(0)
+    a, b = f.down, f.up * f.scale
+    start = torch.randn(a.shape[1], rank, generator=generator).to(a)
+    q = torch.linalg.qr(b @ (a @ start))[0]
+    for _ in range(ITERATIONS):
+        p = torch.linalg.qr(a.T @ (b.T @ q))[0]
+        q = torch.linalg.qr(b @ (a @ p))[0]
+    u, s, vt = torch.linalg.svd(((q.T @ b) @ a).double(), full_matrices=False)
+    return q.double() @ u, s, vt
+
+
+def _sums(values: Tensor, owner: Tensor, count: int, dim: int) -> Tensor:
+    shape = list(values.shape)
+    shape[dim] = count
+    return values.new_zeros(shape).index_add_(dim, owner, values)

@@ -1,0 +1,284 @@
+"""A space of the LoRAs that somebody has: files in, a delta basis and a report out."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..codecs import build_codec
+from ..delta_basis import DeltaBasis, Grams, compute_grams, delta_components
+from ..errors import ConfigError, DataError, W2WError
+from ..lora.collection import Collection, collect
+from ..lora.layout import Layout, Module
+from ..lora.members import Member, open_member
+from ..space import Space
+from .collection_report import (
+    CollectionReport,
+    copies,
+    cosines,
+    held_out_shares,
+    mean_shares,
+    nearest_pairs,
+    outliers,
+)
+
+USUAL_RANK = 32  # of the LoRAs that come out, if the members' ranks allow it
+MOST_FILES = 2000  # beyond that, a pass over all pairs is no matter of seconds
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class CollectionSettings:
+    """How a collection becomes a space."""
+
+    rank: int | None = (
+        None  # of the LoRAs that come out; None: the members' largest, and 32 at least
+    )
+    components: int | None = None  # K; None: all that there are
+    cut_to: int | None = None  # keep only so many ranks of each member, for a smaller file
+    name: str = "my LoRAs"
+    licence: str = ""
+    trigger_prompt: str = ""
+    keep_names: bool = False  # write the files' names into the space file
+
+
+def lora_files(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
+    """The files named, and those in the folders named, with their subfolders, sorted."""
+    found: list[Path] = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            inside = sorted(p for p in path.rglob("*.safetensors") if p.is_file())
+            if not inside:
+                raise DataError(f"{path} holds no .safetensors file.")
+            found += inside
+        else:
+            found.append(path)
+    return list(dict.fromkeys(found))
+
+
+def open_members(paths: Sequence[Path]) -> tuple[list[Member], list[tuple[str, str]]]:
+    """Every file that is a LoRA, and (name, reason) of the others. Names are told apart where they repeat."""
+    names = _distinct([p.stem for p in paths], paths)
+    members, refused = [], []
+    for path, name in zip(paths, names):
+        try:
+            members.append(open_member(path, name))
+        except (W2WError, OSError) as e:
+            refused.append((name, str(e)))
+    return members, refused
+
+
+def fitting(members: Sequence[Member]) -> tuple[list[Member], list[tuple[str, str]]]:
+    """The members of the family that most are of, with modules of the sizes that most have; and why not the others."""
+    if not members:
+        return [], []
+    refused = []
+    family = Counter(m.family for m in members).most_common(1)[0][0]
+    kept = []
+    for member in members:
+        if member.family == family:
+            kept.append(member)
+        else:
+            refused.append(
+                (member.name, f"it is for {member.family}, most others are for {family}")
+            )
+    votes: dict[str, Counter[tuple[int, int]]] = {}
+    for member in kept:
+        for name, source in member.modules.items():
+            votes.setdefault(name, Counter())[(source.shape.size_in, source.shape.size_out)] += 1
+    usual = {name: counter.most_common(1)[0][0] for name, counter in votes.items()}
+    fit = []
+    for member in kept:
+        odd = [
+            n for n, s in member.modules.items() if usual[n] != (s.shape.size_in, s.shape.size_out)
+        ]
+        if odd:
+            got = member.modules[odd[0]].shape
+            refused.append(
+                (
+                    member.name,
+                    f"{len(odd)} of its modules have other sizes than in the others, e.g. {odd[0]} maps "
+                    f"{got.size_in} to {got.size_out} and not {usual[odd[0]][0]} to {usual[odd[0]][1]}",
+                )
+            )
+        else:
+            fit.append(member)
+    return fit, refused
+
+
+def collection_layout(collection: Collection, rank: int) -> Layout:
+    """The layout of the LoRAs that come out: alpha is the rank, so that an update is B A."""
+    modules = tuple(Module(n, s.size_in, s.size_out) for n, s in collection.shapes.items())
+    return Layout("collection", collection.family, modules, rank, float(rank))
+
+
+def fit_delta(
+    members: Sequence[Member],
+    settings: CollectionSettings | None = None,
+    *,
+    weights: Mapping[str, float] | None = None,
+    refused: Sequence[tuple[str, str]] = (),
+    progress: Progress | None = None,
+) -> tuple[Space, CollectionReport]:
+    """A linear space of the members' updates, and how it turned out.
+
+    `weights`: how much each member counts in the mean and the components, {name: weight}, one by
+    default. Members that do not fit are left out and reported.
+    """
+    settings = settings or CollectionSettings()
+    members, unfit = fitting(members)
+    refused = [*refused, *unfit]
+    _require_enough(members, refused)
+    collection = collect(members, settings.cut_to)
+    layout = collection_layout(collection, _rank(collection, settings))
+    grams = compute_grams(layout, collection, progress)
+    empty = [i for i in range(len(members)) if not grams.total[i, i] > 0]
+    if empty:
+        refused += [(members[i].name, "its update is zero: there is nothing in it") for i in empty]
+        keep = [i for i in range(len(members)) if i not in empty]
+        members = [members[i] for i in keep]
+        _require_enough(members, refused)
+        collection = collect(members, settings.cut_to)
+        layout = collection_layout(collection, layout.rank)
+        grams = compute_grams(layout, collection, progress)
+    p = member_weights(members, weights)
+    mixing, values = delta_components(grams.total, p, settings.components)
+    basis = DeltaBasis(
+        layout, collection, grams=lambda: grams, weights=p, mixing=mixing, singular_values=values
+    )
+    report = _report(collection, grams, basis, refused)
+    return _space(basis, collection, report, settings), report
+
+
+def member_weights(members: Sequence[Member], weights: Mapping[str, float] | None) -> Tensor:
+    """p [N], with the sum one."""
+    given = dict(weights or {})
+    unknown = sorted(given.keys() - {m.name for m in members})
+    if unknown:
+        raise ConfigError(
+            f"There is no LoRA {unknown[0]!r} to give a weight to; there are "
+            f"{', '.join(m.name for m in members[:20])}."
+        )
+    p = torch.tensor([float(given.get(m.name, 1.0)) for m in members], dtype=torch.float64)
+    if not bool(torch.isfinite(p).all()) or bool((p < 0).any()) or int((p > 0).sum()) < 2:
+        raise ConfigError(
+            f"Weights are finite and not negative, and two of them positive at least. Got {p.tolist()}."
+        )
+    return p / p.sum()
+
+
+def members_identity(space: Space) -> Tensor:
+    """Latents [N, d] of a collection's own LoRAs."""
+    if not isinstance(space.basis, DeltaBasis):
+        raise ConfigError(f"The space '{space.name}' was not made of a collection of LoRAs.")
+    return space.latent_of(space.codec.encode(space.basis.member_coefficients()).mean)
+
+
+def _require_enough(members: Sequence[Member], refused: Sequence[tuple[str, str]]) -> None:
+    if len(members) < 2:
+        reasons = "".join(f"\n  {name}: {reason}" for name, reason in refused[:10])
+        raise DataError(
+            f"A space takes two LoRAs at least; {len(members)} of those given fit.{reasons}"
+        )
+    if len(members) > MOST_FILES:
+        raise DataError(
+            f"A space takes at most {MOST_FILES} LoRAs; {len(members)} were given. For LoRAs of one trainer "
+            "with one seed use 'w2wpp dataset' and 'w2wpp fit-basis'."
+        )
+
+
+def _rank(collection: Collection, settings: CollectionSettings) -> int:
+    if settings.rank is not None:
+        if not 1 <= settings.rank <= 1024:
+            raise ConfigError(f"The rank of a LoRA lies between 1 and 1024. Got {settings.rank}.")
+        return settings.rank
+    largest = int(collection.ranks.max())
+    return max(largest, min(USUAL_RANK, int(collection.ranks.sum(1).max())))
+
+
+def _report(
+    collection: Collection,
+    grams: Grams,
+    basis: DeltaBasis,
+    refused: Sequence[tuple[str, str]],
+) -> CollectionReport:
+    gram, p = grams.total, basis.weights
+    names = [m.name for m in collection.members]
+    norms, likeness = gram.diagonal().sqrt(), cosines(gram)
+    # By the definition of the singular values, their squares are the variance along each component.
+    n = 1.0 / float(p.square().sum())
+    variance = basis.singular_values.double().square() * (n - 1) / n
+    spread = float(p @ gram.diagonal() - p @ gram @ p)
+    return CollectionReport(
+        family=collection.family,
+        names=tuple(names),
+        modules=len(collection.names),
+        ranks=tuple(sorted(set(collection.ranks.flatten().tolist()) - {0})),
+        components=basis.rank,
+        explained=tuple((variance.cumsum(0) / spread).clamp(max=1.0).tolist()),
+        held_out=tuple(held_out_shares(gram, p, basis.rank).tolist()),
+        mean_only=tuple(mean_shares(gram, p).tolist()),
+        norms=tuple(norms.tolist()),
+        pairs=nearest_pairs(names, likeness),
+        copies=copies(names, likeness, norms),
+        outliers=outliers(names, likeness, norms),
+        refused=tuple(refused),
+        apart=sum(m.apart > 0 for m in collection.members),
+        unread=sum(len(m.unread) for m in collection.members),
+        rounding=_rounding(collection) if collection.cut_to is not None else 0.0,
+    )
+
+
+def _rounding(collection: Collection) -> float:
+    missed, total = collection.lost()
+    return (missed / total) ** 0.5 if total > 0 else 0.0
+
+
+def _space(
+    basis: DeltaBasis,
+    collection: Collection,
+    report: CollectionReport,
+    settings: CollectionSettings,
+) -> Space:
+    k = basis.rank
+    codec = build_codec({"name": "pca", "coefficient_size": k, "latent_size": k})
+    provenance: dict[str, Any] = {
+        "name": settings.name,
+        "version": "1",
+        "licence": settings.licence,
+        "trigger_prompt": settings.trigger_prompt,
+        "base_model": collection.family,
+        "made_from": f"{basis.count} LoRA files",
+        "training_report": report.for_file(),
+    }
+    if settings.keep_names:
+        provenance["members"] = list(report.names)
+    return Space(basis.layout, basis, codec, torch.zeros(k), torch.ones(k), provenance)
+
+
+def _distinct(stems: Sequence[str], paths: Sequence[Path]) -> list[str]:
+    """Stems, with the folder before those that occur twice and a number behind what is still the same."""
+    counts = Counter(stems)
+    names = [s if counts[s] == 1 else f"{p.parent.name}/{s}" for s, p in zip(stems, paths)]
+    seen: Counter[str] = Counter()
+    found = []
+    for name in names:
+        seen[name] += 1
+        found.append(name if seen[name] == 1 else f"{name} ({seen[name]})")
+    return found
+
+
+def renamed(members: Sequence[Member], names: Sequence[str]) -> list[Member]:
+    """Members under names of the user's own, in order."""
+    if len(names) != len(members) or len(set(names)) != len(names):
+        raise ConfigError(
+            f"There are {len(members)} LoRAs; give as many names, all different. Got {len(names)}."
+        )
+    return [replace(m, name=n) for m, n in zip(members, names)]
