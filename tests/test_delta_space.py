@@ -106,7 +106,7 @@ def test_it_is_pca_of_the_built_updates(made, built):
     mean = built.mean(0)
     _, s, v = torch.linalg.svd((built - mean) / (len(built) - 1) ** 0.5, full_matrices=False)
     k = len(built) - 1
-    assert space.basis.rank == space.latent_size == k
+    assert space.basis.n_components == space.latent_size == k
     torch.testing.assert_close(space.basis.singular_values.double(), s[:k], rtol=1e-5, atol=0)
     expected = (built - mean) @ v[:k].T / s[:k]
     found = space.basis.member_coefficients().double()

@@ -81,7 +81,7 @@ class DeltaBasis:
         singular_values: Tensor,
     ) -> None:
         self.layout, self.stacks, self._grams = layout, stacks, grams
-        self.size, self.rank = layout.size, len(mixing)  # P, K
+        self.size, self.n_components = layout.size, len(mixing)  # P, K
         self.weights, self.mixing = weights.double(), mixing.double()  # p [N], Q [K, N]
         self.singular_values = singular_values.float()  # [K]
         self._kept: dict[int, Stack] = {}
@@ -151,7 +151,7 @@ class DeltaBasis:
 
         The nearest of that rank to each combination; `kept_energy` tells how near.
         """
-        check_batch(c, self.rank, "coefficients", "K")
+        check_batch(c, self.n_components, "coefficients", "K")
         shares = self.shares(c.detach())
         w = torch.empty(len(c), self.size, device=c.device)
         for i, (_, down, up) in enumerate(self.layout.slices()):
@@ -163,7 +163,7 @@ class DeltaBasis:
 
     def combination(self, c: Tensor) -> dict[str, Factors]:
         """The combination of one c [1, K] before any cut: members side by side, of their ranks' sum."""
-        check_batch(c, self.rank, "coefficients", "K")
+        check_batch(c, self.n_components, "coefficients", "K")
         shares = self.shares(c.detach())[0]
         return {m.name: self.stack(i).weighted(shares) for i, m in enumerate(self.layout.modules)}
 
@@ -180,11 +180,13 @@ class DeltaBasis:
         """Vectors of a delta basis have no standard form: their numbers mean nothing one by one."""
         raise ConfigError("A delta basis compares updates, not the numbers of A and B.")
 
-    def truncated(self, rank: int) -> DeltaBasis:
-        """The first `rank` components."""
-        if not 1 <= rank <= self.rank:
-            raise ConfigError(f"A basis of {self.rank} components can't be truncated to {rank}.")
-        return self._with(self.stacks, self.mixing[:rank], self.singular_values[:rank])
+    def truncated(self, count: int) -> DeltaBasis:
+        """The first `count` components."""
+        if not 1 <= count <= self.n_components:
+            raise ConfigError(
+                f"A basis of {self.n_components} components can't be truncated to {count}."
+            )
+        return self._with(self.stacks, self.mixing[:count], self.singular_values[:count])
 
     def to(self, device: torch.device | str) -> DeltaBasis:
         moved = _Moved(self.stacks, torch.device(device))
@@ -236,7 +238,7 @@ class DeltaBasis:
         return {
             "kind": self.kind,
             "size": self.size,
-            "rank": self.rank,
+            "rank": self.n_components,  # "rank" in files
             "members": self.count,
             "blocks": self._block_list(),
         }

@@ -221,9 +221,9 @@ def _report(
         names=tuple(names),
         modules=len(collection.names),
         ranks=tuple(sorted(set(collection.ranks.flatten().tolist()) - {0})),
-        components=basis.rank,
+        components=basis.n_components,
         explained=tuple((variance.cumsum(0) / spread).clamp(max=1.0).tolist()),
-        held_out=tuple(held_out_shares(gram, p, basis.rank).tolist()),
+        held_out=tuple(held_out_shares(gram, p, basis.n_components).tolist()),
         mean_only=tuple(mean_shares(gram, p).tolist()),
         norms=tuple(norms.tolist()),
         pairs=nearest_pairs(names, likeness),
@@ -247,7 +247,7 @@ def _space(
     report: CollectionReport,
     settings: CollectionSettings,
 ) -> Space:
-    k = basis.rank
+    k = basis.n_components
     codec = build_codec({"name": "pca", "coefficient_size": k, "latent_size": k})
     provenance: dict[str, Any] = {
         "name": settings.name,
