@@ -113,7 +113,7 @@ class Bench:
         self.adam.tell(*objective.value_and_gradient(self.adam.ask(), None, draw))
 
     def objective(self, denoise: Callable) -> Any:
-        schedule = inversion.NoiseSchedule(*noise_schedule(self.model))
+        schedule = noise_schedule(self.model)
         return inversion.Objective(
             self.space, self.target[:1], denoise, schedule, draws=len(self.noisy)
         )

@@ -61,10 +61,7 @@ class ApplyDecodedLora(io.ComfyNode):
     def execute(cls, model, identity, strength: float, start_percent: float = 0.0) -> io.NodeOutput:
         layout = identity.space.layout
         with tensors.ordinary_tensors():
-            # One at a time: a matrix product over several people would round differently than over one.
-            vectors = [person.vectors(identity.space)[0] for person in identity.identity]
+            vectors = identity.identity.vectors(identity.space)  # [B, P], all in one pass
             loras = [kohya_tensors(layout.unpack(vector), layout.alpha) for vector in vectors]
-            models = [
-                patches.patched(model, layout, lora, strength, start_percent) for lora in loras
-            ]
+            models = patches.patched_each(model, layout, loras, strength, start_percent)
         return io.NodeOutput(models, loras)

@@ -4,7 +4,6 @@ import contextlib
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,17 +11,18 @@ from comfy_api.latest import io
 
 from .. import w2wpp
 from ..w2wpp import inversion
+from ..w2wpp.diffusion.sampler import sample
 from .curve import draw_curve
 from .host import folders, tensors
-from .host.denoiser import denoiser, paint
+from .host.denoiser import Denoiser, denoiser
 from .host.model import noise_schedule, usual_size
 from .host.pictures import picture_latents
-from .host.plan import plan_run
+from .host.plan import Plan, plan_run
 from .host.progress import Watch
 from .types import IdentitySocket, People, SpaceSocket, advanced, schema
 
 PREVIEWS = 8  # in a run, unless somebody says how often
-PREVIEW_STEPS = 8  # of DDIM: enough to know the face by
+PREVIEW_STEPS = 8  # enough to know the face by
 
 
 class InvertFromImage(io.ComfyNode):
@@ -60,7 +60,7 @@ class InvertFromImage(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "method",
-                    options=list(inversion.FAR),
+                    options=list(inversion.METHODS),
                     default="adam",
                     tooltip="adam follows the gradient and is the quickest. hybrid tries several starts before. "
                     "cma needs no gradient, and so no more memory than painting, but many more evaluations.",
@@ -190,83 +190,66 @@ class InvertFromImage(io.ComfyNode):
         mask=None,
         start=None,
     ) -> io.NodeOutput:
-        guesses = start is None and space.start is not None
-        recipe = (inversion.NEAR if guesses else inversion.FAR)[method].adjusted(
-            steps=steps or None,
-            draws=batch or None,
-            rate=learning_rate or None,
-            prior=None if prior < 0 else prior,
-            pivotal=None if pivotal < 0 else pivotal,
-        )
         with tensors.ordinary_tensors():
             pixels = resolution or usual_size(model)
-            pictures = picture_latents(model, vae, image, mask, pixels)
-            begin = _guess(space, image) if guesses else start and start.identity
-            task = _Task(model, positive, space, *pictures, method, recipe, seed)
-            watch = _Watcher(task, Watch(model, cls.hidden.unique_id), preview_every)
-            solution = task.solve(begin, watch)
-        report = watch.report(solution)
+            pictures, weights = picture_latents(model, vae, image, mask, pixels)
+            session = inversion.session(
+                space,
+                pictures,
+                method,
+                faces=image[..., :3].movedim(-1, 1).float().clone() * 2 - 1,
+                start=start and start.identity,
+                mask=weights,
+                seed=seed,
+                steps=steps or None,
+                draws=batch or None,
+                rate=learning_rate or None,
+                prior=None if prior < 0 else prior,
+                pivotal=None if pivotal < 0 else pivotal,
+            )
+            watch = Watch(model, cls.hidden.unique_id)
+            solution, report = _solve(session, model, positive, watch, preview_every)
         title = f"{method}, {len(solution.history)} steps"
-        comparable = not recipe.objective.get("fresh")
-        curve = draw_curve(solution.history, title, comparable=comparable)
+        curve = draw_curve(solution.history, title, comparable=not session.recipe.fresh)
         return io.NodeOutput(People(solution.identity, space), curve, report)
 
 
-def _guess(space: w2wpp.Space, image: torch.Tensor) -> w2wpp.Identity:
-    """One person from pictures [n, H, W, 3]: the mean of what the start network makes of each."""
-    guessed = space.start_from(image[..., :3].movedim(-1, 1).float().clone() * 2 - 1)
-    return w2wpp.Identity(
-        guessed.z.mean(0, keepdim=True), guessed.space_fingerprint, None, guessed.provenance
-    )
+def _solve(
+    session: inversion.Session, model: Any, prompt: list, watch: Watch, preview_every: int
+) -> tuple[inversion.Solution, str]:
+    """Run a session with the user's model; what was found, and the report."""
+    started, recipe = time.monotonic(), session.recipe
+    shape = (recipe.draws, *session.pictures.shape[1:])
+    plan = plan_run(model, shape, gradients=recipe.gradients)
+    session, schedule = session.to(plan.device), noise_schedule(model)
+    with denoiser(model, session.space.layout, prompt, plan) as denoise:
+        watch.show(0, recipe.steps, f"{plan}")
+        watcher = _Watcher(session, watch, _Painter(session, denoise, schedule), preview_every)
+        with watcher.keeping_the_best():
+            solution = session.solve(denoise, schedule, micro_batch=plan.rows, callback=watcher)
+    return solution, _report(session, solution, plan, time.monotonic() - started)
 
 
-@dataclass(frozen=True)
-class _Task:
-    """Whom to find where, and how."""
-
-    model: Any
-    prompt: list
-    space: w2wpp.Space
-    pictures: torch.Tensor  # [n, C, h, w]
-    mask: torch.Tensor | None  # [n, 1, h, w]
-    method: str
-    recipe: inversion.Recipe
-    seed: int
-
-    def solve(self, start: w2wpp.Identity | None, watch: "_Watcher") -> inversion.Solution:
-        recipe = self.recipe
-        gradients = self.method != "cma" or recipe.pivotal is not None
-        shape = (recipe.objective["draws"], *self.pictures.shape[1:])
-        plan = plan_run(self.model, shape, gradients=gradients)
-        space = self.space if plan.device.type == "cpu" else self.space.to(plan.device)
-        with denoiser(self.model, space.layout, self.prompt, plan) as denoise:
-            schedule = inversion.NoiseSchedule(*noise_schedule(self.model))
-            watch.begin(denoise, schedule, space)
-            objective = inversion.Objective(
-                space,
-                self.pictures.to(plan.device),
-                denoise,
-                schedule,
-                seed=self.seed,
-                mask=self.mask,
-                micro_batch=plan.rows,
-                **recipe.objective,
-            )
-            with watch.keeping_the_best():
-                return inversion.invert(
-                    objective,
-                    recipe.optimiser,
-                    steps=recipe.steps,
-                    start=start,
-                    pivotal=recipe.pivotal,
-                    keep=recipe.keep,
-                    seed=self.seed,
-                    callback=watch,
-                )
+def _report(
+    session: inversion.Session, solution: inversion.Solution, plan: Plan, seconds: float
+) -> str:
+    count, _, height, width = session.pictures.shape
+    lines = [
+        f"{count} {'picture' if count == 1 else 'pictures'}, latents {width} x {height}"
+        + (", masked" if session.mask is not None else ""),
+        f"{session.recipe}",
+        f"{_course(solution.history, session.recipe)}; {solution.stop_reason}",
+        f"{solution.evaluations} evaluations of the UNet in {seconds:.1f} s, {plan}",
+        f"Distance from the average person {float(solution.identity.z.square().mean()) ** 0.5:.2f} "
+        "(people of the space: about 1)",
+    ]
+    if solution.residual_norm:
+        lines.append(f"Outside of the space: {solution.residual_norm:.2f} in whitened coefficients")
+    return "\n".join(lines)
 
 
 def _course(history: list[float], recipe: inversion.Recipe) -> str:
-    if not recipe.objective.get("fresh"):
+    if not recipe.fresh:
         return f"Loss {history[0]:.5g} to {min(history):.5g}"
     third = max(1, len(history) // 3)
     first, last = (sum(part) / third for part in (history[:third], history[-third:]))
@@ -279,38 +262,49 @@ def _on_cpu(identity: w2wpp.Identity) -> w2wpp.Identity:
     return w2wpp.Identity(identity.z.cpu(), identity.space_fingerprint, residual, how)
 
 
+class _Painter:
+    """Paints people under the prompt of an inversion, always from the same noise."""
+
+    def __init__(
+        self, session: inversion.Session, denoise: Denoiser, schedule: inversion.NoiseSchedule
+    ) -> None:
+        self._space, self._denoise, self._schedule = session.space, denoise, schedule
+        shape = (1, *session.pictures.shape[1:])
+        generator = torch.Generator().manual_seed(session.seed)
+        self._noise = torch.randn(shape, generator=generator).to(denoise.plan.device)
+
+    def __call__(self, identity: w2wpp.Identity) -> torch.Tensor:
+        """Latents [1, C, H, W] as the model sees them."""
+        vector = self._space.decode(identity.z, identity.residual)
+        return sample(
+            lambda x, timestep: self._denoise(x, timestep, vector),
+            self._noise,
+            self._schedule,
+            PREVIEW_STEPS,
+        )
+
+
 class _Watcher:
     """Shows how it goes after every step, and saves the best so far if it ends early."""
 
-    def __init__(self, task: _Task, watch: Watch, preview_every: int) -> None:
-        self._task, self._watch = task, watch
-        every = preview_every if preview_every >= 0 else math.ceil(task.recipe.steps / PREVIEWS)
+    def __init__(
+        self, session: inversion.Session, watch: Watch, paint: _Painter, preview_every: int
+    ) -> None:
+        self._watch, self._paint = watch, paint
+        steps = session.recipe.steps
+        every = preview_every if preview_every >= 0 else math.ceil(steps / PREVIEWS)
         self._every = every if watch.shows_previews else 0
         self._best: w2wpp.Identity | None = None
-        self._started = time.monotonic()
-
-    def begin(self, denoise: Any, schedule: inversion.NoiseSchedule, space: w2wpp.Space) -> None:
-        self._denoise, self._schedule, self._space = denoise, schedule, space
-        shape = (1, *self._task.pictures.shape[1:])
-        generator = torch.Generator().manual_seed(self._task.seed)
-        self._noise = torch.randn(shape, generator=generator).to(denoise.plan.device)
-        self._watch.show(0, self._task.recipe.steps, f"{denoise.plan}")
 
     def __call__(self, progress: inversion.Progress) -> None:
         self._best = progress.best
         preview = None
         if self._every and (progress.step % self._every == 0 or progress.step == progress.steps):
-            preview = self._face(progress.best)
+            preview = self._paint(progress.best)
         text = (
             f"{progress.stage}: step {progress.step} of {progress.steps}, loss {progress.loss:.5g}"
         )
         self._watch.show(progress.step, progress.steps, text, preview)
-
-    def _face(self, identity: w2wpp.Identity) -> torch.Tensor:
-        """Latents of the person under the prompt, always from the same noise."""
-        vector = self._space.decode(identity.z, identity.residual)
-        alphas, kind = self._schedule.alphas_cumprod, self._schedule.prediction
-        return paint(self._denoise, self._noise, vector, alphas, kind, PREVIEW_STEPS)
 
     @contextlib.contextmanager
     def keeping_the_best(self) -> Iterator[None]:
@@ -324,22 +318,3 @@ class _Watcher:
                     f"The best so far is {label}: W2W++ Load Identity opens it, for 'start'."
                 )
             raise
-
-    def report(self, solution: inversion.Solution) -> str:
-        task, history = self._task, solution.history
-        seconds = time.monotonic() - self._started
-        count, _, height, width = task.pictures.shape
-        lines = [
-            f"{count} {'picture' if count == 1 else 'pictures'}, latents {width} x {height}"
-            + (", masked" if task.mask is not None else ""),
-            f"{task.recipe}",
-            f"{_course(history, task.recipe)}; {solution.stop_reason}",
-            f"{solution.evaluations} evaluations of the UNet in {seconds:.1f} s, {self._denoise.plan}",
-            f"Distance from the average person {float(solution.identity.z.square().mean()) ** 0.5:.2f} "
-            "(people of the space: about 1)",
-        ]
-        if solution.residual_norm:
-            lines.append(
-                f"Outside of the space: {solution.residual_norm:.2f} in whitened coefficients"
-            )
-        return "\n".join(lines)

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # From the ground up. A room knows itself and what lies below it; rooms of one floor do not know each other.
 FLOORS = (
     ("errors",),
-    ("files", "metrics", "noise", "plots"),
+    ("files", "metrics", "noise", "plots", "rates"),
     ("basis", "lora.layout", "diffusion"),
     ("codecs", "flow", "lora", "start_network"),
     ("identity", "delta_basis"),
@@ -68,7 +68,9 @@ def room(module: str) -> str:
     """The room of a module: the longest name on the floors that it begins with."""
     parts = module.split(".")
     names = (".".join(parts[:n]) for n in range(len(parts), 0, -1))
-    return next(name for name in names if name in FLOOR)
+    found = next((name for name in names if name in FLOOR), None)
+    assert found, f"w2wpp/{parts[0]} is on no floor; give it one in FLOORS"
+    return found
 
 
 TABLE_OF_CONTENTS = {"", "__main__"}  # of no room

@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ...w2wpp import Layout
 from ...w2wpp.errors import ConfigError
+from ...w2wpp.lora.hooks import hooked
 from .model import check_fit, check_inputs, times
 from .plan import Plan, count_parameters
 
@@ -66,14 +67,10 @@ class Denoiser:
     @contextlib.contextmanager
     def hooked(self) -> Iterator[Denoiser]:
         """Within the block the UNet's linear layers add the LoRAs of the last call."""
-        handles: list[Any] = []
         try:
-            for name, module in self._modules.items():
-                handles.append(module.register_forward_hook(self._hook(name)))
-            yield self
+            with hooked(self._modules, lambda name: self._lora[name], self._layout.scale):
+                yield self
         finally:
-            for handle in handles:
-                handle.remove()
             self._lora = {}
             del self._unet, self._modules  # whoever still holds the denoiser holds no weights
 
@@ -97,21 +94,6 @@ class Denoiser:
             return checkpoint(inner, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
         return outer
-
-    def _hook(self, name: str) -> Callable:
-        """Add scale * (x A^T) B^T in one fused product: x [N, n, in], A [B, r, in], B [B, out, r]."""
-        scale = self._layout.scale
-
-        def add(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            down, up = self._lora[name]
-            x = inputs[0].reshape(len(down), -1, inputs[0].shape[-1])
-            flat = output.reshape(len(up), -1, output.shape[-1])
-            low, up = torch.bmm(x, down.mT), up.mT
-            if torch.is_grad_enabled():
-                return torch.baddbmm(flat, low, up, alpha=scale).reshape(output.shape)
-            return flat.baddbmm_(low, up, alpha=scale).reshape(output.shape)
-
-        return add
 
 
 def _attention(_: Callable, *args: Any, **kwargs: Any) -> Tensor:
@@ -148,26 +130,6 @@ def denoiser(model: Any, layout: Layout, conditioning: list, plan: Plan) -> Iter
         unet = denoise = modules = None
         gc.collect()  # checkpointed blocks refer to themselves
         comfy.model_management.soft_empty_cache()
-
-
-def paint(
-    denoise: Denoiser, noise: Tensor, vector: Tensor, alphas: Tensor, prediction: str, steps: int
-) -> Tensor:
-    """Latents [N, C, H, W] of a person, vector [1, P], from noise, by DDIM without guidance (Song et al. 2021)."""
-    x = noise
-    times = torch.linspace(len(alphas) - 1, 0, steps + 1).round().long()[:-1]
-    levels = torch.cat([alphas[times], torch.ones(1, dtype=alphas.dtype)])
-    for i, time in enumerate(times):
-        (a, s), (a_next, s_next) = (
-            (float(v.sqrt()), float((1 - v).sqrt())) for v in levels[i : i + 2]
-        )
-        output = denoise(x, time.expand(len(x)), vector)
-        if prediction == "v_prediction":
-            x0, eps = a * x - s * output, a * output + s * x
-        else:
-            x0, eps = (x - s * output) / a, output
-        x = a_next * x0 + s_next * eps
-    return x
 
 
 def _context(conditioning: list) -> Tensor:

@@ -9,7 +9,7 @@ import comfy.model_sampling
 import comfy.utils
 from torch import Tensor
 
-from ...w2wpp import Layout
+from ...w2wpp import Layout, NoiseSchedule
 from ...w2wpp.errors import ConfigError, LayoutMismatch
 
 
@@ -19,7 +19,7 @@ def check_fit(model: Any, layout: Layout) -> dict[str, str]:
     found = {}
     missing = misshapen = 0
     for module in layout.modules:
-        key = keys.get("lora_unet_" + module.name.replace(".", "_"))
+        key = keys.get(lora_key(module.name))
         expected = (module.out_features, module.in_features)
         if not isinstance(key, str):  # absent, or a slice of a fused weight
             missing += 1
@@ -34,6 +34,11 @@ def check_fit(model: Any, layout: Layout) -> dict[str, str]:
             f"{misshapen} have another shape. Connect the model that the space was learned on."
         )
     return found
+
+
+def lora_key(module: str) -> str:
+    """What kohya's files, and the host's map of keys, call a module."""
+    return "lora_unet_" + module.replace(".", "_")
 
 
 def model_name(model: Any) -> str:
@@ -54,8 +59,8 @@ def usual_size(model: Any) -> int:
     return getattr(model.model, "picture_size", 512)
 
 
-def noise_schedule(model: Any) -> tuple[Tensor, str]:
-    """The model's noise schedule: alphas_cumprod [T] in double precision, and what it predicts."""
+def noise_schedule(model: Any) -> NoiseSchedule:
+    """The model's noise schedule, in double precision. Raises ConfigError for one that inversion does not know."""
     sampling = model.get_model_object("model_sampling")
     known = (
         (comfy.model_sampling.V_PREDICTION, "v_prediction"),  # an EPS as well, to the host
@@ -73,7 +78,7 @@ def noise_schedule(model: Any) -> tuple[Tensor, str]:
             f"Inversion knows models that predict eps or v on discrete timesteps; {model_name(model)} samples as "
             f"{', '.join(c.__name__ for c in type(sampling).__mro__[1:3])}."
         )
-    return 1 / (sampling.sigmas.detach().clone().double() ** 2 + 1), kind
+    return NoiseSchedule(1 / (sampling.sigmas.detach().clone().double() ** 2 + 1), kind)
 
 
 def times(model: Any) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,23 +13,37 @@ import torch
 
 from ...w2wpp import Layout
 from ...w2wpp.errors import LayoutMismatch
-from .model import check_fit, model_name
+from .model import check_fit, lora_key, model_name
 
 
-def patched(
-    model: Any, layout: Layout, lora: dict[str, torch.Tensor], strength: float, start: float = 0.0
-) -> Any:
-    """A copy of ``model`` with a LoRA in kohya's spelling added; the model itself is not changed.
+def patched_each(
+    model: Any,
+    layout: Layout,
+    loras: Sequence[Mapping[str, torch.Tensor]],
+    strength: float,
+    start: float = 0.0,
+) -> list[Any]:
+    """A copy of ``model`` for each LoRA in kohya's spelling, with it added; the model itself is not changed.
 
     Raises unless every module of ``layout`` is in the model with the layout's shape, because the host only logs what
     it can't place. Strength 0 adds nothing at all, so that not even rounding differs from the bare model. With
-    ``start`` the LoRA only acts from that share of the sampling on.
+    ``start`` the LoRAs only act from that share of the sampling on.
     """
-    check_fit(model, layout)
+    keys = {lora_key(name): key for name, key in check_fit(model, layout).items()}
+    return [_patched(model, keys, layout, dict(lora), strength, start) for lora in loras]
+
+
+def _patched(
+    model: Any,
+    keys: dict[str, str],
+    layout: Layout,
+    lora: dict[str, torch.Tensor],
+    strength: float,
+    start: float,
+) -> Any:
     copy = model.clone()
     if strength == 0:
         return copy
-    keys = comfy.lora.model_lora_keys_unet(model.model, {})
     patches = comfy.lora.load_lora(lora, keys)
     added = (
         _delay(copy, patches, strength, start) if start > 0 else copy.add_patches(patches, strength)

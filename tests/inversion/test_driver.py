@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from w2wpp import Basis, Identity, Layout, Module, Space, build_codec
+from w2wpp.codecs import Codec
 from w2wpp.errors import ConfigError, DataError, FormatError, ShapeError, SpaceMismatch
 from w2wpp.inversion import (
     Adam,
@@ -16,9 +17,9 @@ from w2wpp.inversion import (
     Objective,
     Pivotal,
     StopInversion,
-    best_of,
     invert,
 )
+from w2wpp.inversion.driver import COMPARISONS
 
 D, K = 4, 4
 
@@ -55,22 +56,19 @@ ABAR = torch.linspace(0.99, 0.01, 20)
 TARGET = torch.tensor([[0.8, -0.5, 0.3, 1.1]])
 
 
-def problem(noise=0.0, people=1, **options):
+def problem(noise=0.0, people=1, *, picture=0.0, abar=ABAR, prediction="eps", model="", **options):
     space = make_space()
     bowl = Bowl(space, TARGET, noise)
-    pictures = torch.zeros(people, 1, space.layout.size, 1, 1)
-    objective = Objective(
-        space, pictures, bowl, NoiseSchedule(ABAR, "eps"), **{"draws": 4, **options}
-    )
-    return objective, bowl
+    bowl.fingerprint = model
+    pictures = torch.full((people, 1, space.layout.size, 1, 1), picture)
+    schedule = NoiseSchedule(abar, prediction)
+    return Objective(space, pictures, bowl, schedule, **{"draws": 4, **options}), bowl
 
 
 CASES = {
     "adam": (Adam(lr=0.1), 80, 0.05),
     "separable": (Cma(population=8), 60, 0.05),
     "full": (Cma(population=8, mode="full"), 60, 0.05),
-    "subspace": (Cma(population=8, mode="subspace", subspace=4), 60, 0.05),
-    "restarts": (Cma(population=6, restarts=1), 100, 0.05),
     "hybrid": (Hybrid(starts=6, spread=0.5, adam=Adam(lr=0.1)), 80, 0.05),
 }
 
@@ -108,8 +106,8 @@ def test_the_best_point_is_kept_when_the_run_gets_worse():
 
 def test_fresh_draws_are_compared_by_draws_kept_aside_and_counted():
     objective, _ = problem(fresh=True)
-    solution = invert(objective, Adam(), steps=5, compare=3)
-    assert solution.evaluations == 5 * (4 + 3)
+    solution = invert(objective, Adam(), steps=5)
+    assert solution.evaluations == 5 * (4 + COMPARISONS)
     # Where the last point is kept anyway, nothing is spent on comparing.
     assert invert(objective, Adam(), steps=5, keep="last").evaluations == 5 * 4
 
@@ -123,14 +121,6 @@ def test_who_keeps_the_last_point_is_shown_the_latest():
     )
     assert torch.equal(shown[-1], solution.identity.z)
     assert len({tuple(z.flatten().tolist()) for z in shown}) == 6
-
-
-def test_patience_ends_a_stage():
-    objective, _ = problem()
-    start = Identity(TARGET, objective.space.fingerprint)
-    solution = invert(objective, Adam(lr=0.5), steps=50, start=start, patience=4)
-    assert solution.stop_reason.startswith("no improvement in 4 steps")
-    assert len(solution.history) < 10
 
 
 @pytest.mark.parametrize("how", ["raise", "return"])
@@ -149,9 +139,7 @@ def test_a_callback_can_stop(how):
     assert seen[-1].evaluations == 12 and seen[-1].steps == 14
 
 
-@pytest.mark.parametrize(
-    "optimiser", [Adam(), Cma(restarts=1), Hybrid()], ids=lambda o: type(o).__name__
-)
+@pytest.mark.parametrize("optimiser", [Adam(), Cma(), Hybrid()], ids=lambda o: type(o).__name__)
 @pytest.mark.parametrize("at", [1, 3, 5, 7])
 def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path, optimiser, at):
     settings = {"steps": 5, "pivotal": Pivotal(steps=3), "seed": 4}
@@ -171,7 +159,24 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path, optimiser, at):
     assert not path.exists()
 
 
-def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
+OTHERS = {
+    "settings": lambda: (problem(), Adam(lr=0.2), {}),
+    "pictures": lambda: (problem(picture=0.1), Adam(), {}),
+    "mask": lambda: (problem(mask=torch.full((1, 1, 1, 1), 0.5)), Adam(), {}),
+    "prior": lambda: (problem(prior=0.1), Adam(), {}),
+    "weighting": lambda: (problem(weighting="v"), Adam(), {}),
+    "target": lambda: (problem(prediction="v_prediction"), Adam(), {}),
+    "schedule": lambda: (problem(abar=ABAR * 0.9), Adam(), {}),
+    "draws": lambda: (problem(draws=5), Adam(), {}),
+    "seed": lambda: (problem(), Adam(), {"seed": 1}),
+    "keep": lambda: (problem(), Adam(), {"keep": "last"}),
+    "model": lambda: (problem(model="another"), Adam(), {}),
+    "start": lambda: (problem(), Adam(), {"start": Identity(TARGET, make_space().fingerprint)}),
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_a_checkpoint_of_another_inversion_is_refused(tmp_path, other):
     path = tmp_path / "run.safetensors"
 
     def callback(progress):
@@ -179,24 +184,32 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         invert(problem()[0], Adam(), steps=5, callback=callback, checkpoint=path)
-    with pytest.raises(FormatError, match="other settings"):
-        invert(problem()[0], Adam(lr=0.2), steps=5, checkpoint=path)
+    (objective, _), optimiser, options = OTHERS[other]()
+    with pytest.raises(FormatError, match="other pictures, or with other settings"):
+        invert(objective, optimiser, steps=5, checkpoint=path, **options)
+    assert len(invert(problem()[0], Adam(), steps=5, checkpoint=path).history) == 5
+
+
+class Half(Codec):
+    name = "half"
+
+    def _decode(self, z):
+        return torch.cat([z, torch.zeros_like(z)], dim=1)
 
 
 def test_the_pivotal_stage_reaches_what_the_latent_may_not():
+    """The latent has two of the four directions; the residual has all of them."""
     objective, _ = problem()
-    within = torch.eye(D)[:2]  # two of the four directions
-    alone = invert(objective, Adam(), steps=80, within=within)
-    torch.testing.assert_close(alone.identity.z[:, :2], TARGET[:, :2], rtol=0, atol=0.05)
-    assert torch.equal(alone.identity.z[:, 2:], torch.zeros(1, 2))
-    freed = invert(
-        objective, Adam(), steps=80, within=within, pivotal=Pivotal(steps=80, lr=0.1, decay=1e-4)
+    small = dataclasses.replace(
+        objective.space, codec=Half(K, 2), prior_mean=torch.zeros(2), prior_std=torch.ones(2)
     )
+    objective.space = small
+    alone = invert(objective, Adam(), steps=80)
+    torch.testing.assert_close(alone.identity.z, TARGET[:, :2], rtol=0, atol=0.05)
+    freed = invert(objective, Adam(), steps=80, pivotal=Pivotal(steps=80, lr=0.1, decay=1e-4))
     assert freed.loss[0] < alone.loss[0] / 10
     assert freed.residual_norm == pytest.approx(float(TARGET[:, 2:].norm()), rel=0.1)
-    held = invert(
-        objective, Adam(), steps=80, within=within, pivotal=Pivotal(steps=80, lr=0.1, decay=1.0)
-    )
+    held = invert(objective, Adam(), steps=80, pivotal=Pivotal(steps=80, lr=0.1, decay=1.0))
     assert 0 < held.residual_norm < freed.residual_norm / 1.5
 
 
@@ -255,23 +268,3 @@ def test_refuses():
     ):
         with pytest.raises(ConfigError):
             bad()
-
-
-def test_best_of_several_is_the_one_nearest_to_the_optimum():
-    objective, _ = problem(people=2)
-    samples = objective.space.sample(16, generator=torch.Generator().manual_seed(5))
-    found = best_of(objective, samples)
-    nearest = (samples.z - TARGET).norm(dim=1).argmin()
-    assert torch.equal(found.z, samples.z[nearest].expand(2, -1))
-    assert objective.evaluations == 16 * 4
-    solution = invert(objective, Adam(lr=0.05), steps=10, start=found)
-    assert max(solution.loss) < float(objective.loss(found.z, None, objective.draw(0)).min())
-
-
-def test_a_candidate_keeps_its_residual_and_foreign_ones_are_refused():
-    objective, _ = problem()
-    z, fingerprint = torch.zeros(2, D), objective.space.fingerprint
-    both = Identity(z, fingerprint, torch.cat([torch.zeros(1, K), TARGET]))
-    assert torch.equal(best_of(objective, both).residual, TARGET)
-    with pytest.raises(SpaceMismatch):
-        best_of(objective, Identity(z, "0" * 32))

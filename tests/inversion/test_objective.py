@@ -121,14 +121,6 @@ def test_draws_are_fixed_or_fresh_and_spread_over_time():
     strata = fixed.draw(0).timestep[0].sort().values // 5
     assert strata.tolist() == list(range(10))
     assert fixed.draw(0).picture[0].bincount().tolist() == [5, 5]  # both pictures, equally
-    half = make(draws=40, timesteps=(0.5, 1.0)).draw(0).timestep
-    assert half.min() >= 25
-
-
-def test_antithetic_noise_comes_in_opposite_pairs():
-    draw = make(draws=4, antithetic=True).draw(0)
-    assert torch.equal(draw.noise[0, :2], -draw.noise[0, 2:])
-    assert torch.equal(draw.timestep[0, :2], draw.timestep[0, 2:])
 
 
 def test_weightings_mean_the_same_loss_for_both_predictions():
@@ -178,9 +170,9 @@ def test_evaluations_count_pictures_per_person():
     "options, error",
     [
         ({"draws": 0}, ConfigError),
-        ({"draws": 3, "antithetic": True}, ConfigError),
         ({"weighting": "loud"}, ConfigError),
-        ({"timesteps": (0.5, 0.5)}, ConfigError),
+        ({"prior": -0.1}, ConfigError),
+        ({"micro_batch": 0}, ConfigError),
         ({"mask": torch.zeros(1, 1, 4, 4)}, ConfigError),
         ({"mask": torch.ones(1, 1, 5, 4)}, ShapeError),
         ({"pictures": torch.full((1, 3, 4, 4), float("nan"))}, DataError),

@@ -51,6 +51,7 @@ def run_invert(args: Namespace) -> dict[str, Any]:
         mask_path=args.mask,
         seed=args.seed,
         callback=say(_log),
+        checkpoint=args.checkpoint,
     )
 
 

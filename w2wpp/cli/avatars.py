@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..avatars.places import MODELS, RESULTS
+from ..inversion import METHODS
 
 
 def register(verbs: Any) -> None:
@@ -113,8 +114,11 @@ def _register_invert(verbs: Any) -> None:
     parser.add_argument("space", type=Path, metavar="SPACE")
     parser.add_argument("image", type=Path, metavar="IMAGE", help="32 x 32")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="ID")
-    parser.add_argument("--method", choices=("adam", "cma", "hybrid"), default="adam")
+    parser.add_argument("--method", choices=METHODS, default="adam")
     parser.add_argument("--mask", type=Path, help="32 x 32, white where the picture counts")
+    parser.add_argument(
+        "--checkpoint", type=Path, metavar="FILE", help="saved there; taken up again if it exists"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.set_defaults(run=_later("invert"))
 

@@ -36,6 +36,17 @@ class NoiseSchedule:
     def __len__(self) -> int:
         return len(self.alphas_cumprod)
 
+    def scales(self, timestep: int) -> tuple[float, float]:
+        """Of the picture and of the noise in a noisy picture: alpha and sigma, alpha^2 + sigma^2 = 1."""
+        abar = float(self.alphas_cumprod[timestep])
+        return abar**0.5, (1.0 - abar) ** 0.5
+
+    def clean(self, noisy: Tensor, output: Tensor, alpha: float, sigma: float) -> Tensor:
+        """The picture that a prediction means: noisy and output [N, C, H, W] -> x0 [N, C, H, W]."""
+        if self.prediction == "eps":
+            return (noisy - sigma * output) / alpha
+        return alpha * noisy - sigma * output
+
     def add_noise(self, x0: Tensor, noise: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
         """x0, noise [N, C, H, W], timestep [N] -> noisy pictures and the target of the prediction
         (Ho et al. 2020 eq. 4; Salimans & Ho 2022 app. D)."""

@@ -1,21 +1,22 @@
-"""From pictures of a person to a point of a space: objective, optimisers, and the driver that joins them."""
+"""From pictures of a person to a point of a space: a session joins objective, optimiser and driver."""
 
 from ..diffusion.schedule import NoiseSchedule
 from .adam import Adam
 from .cma import Cma
-from .driver import Progress, Solution, StopInversion, invert
+from .driver import Callback, Progress, Solution, StopInversion, invert
 from .multistart import Hybrid
 from .objective import Denoise, Draw, Objective
 from .optimiser import Optimiser, Run
 from .pivotal import Pivotal
-from .recipes import FAR, NEAR, Recipe
-from .starts import best_of
+from .recipes import FAR, METHODS, NEAR, Recipe, recipe_for
+from .session import Session, session, start_from
 
 __all__ = [
     "FAR",
+    "METHODS",
     "NEAR",
-    "Recipe",
     "Adam",
+    "Callback",
     "Cma",
     "Denoise",
     "Draw",
@@ -25,9 +26,13 @@ __all__ = [
     "Optimiser",
     "Pivotal",
     "Progress",
+    "Recipe",
     "Run",
+    "Session",
     "Solution",
     "StopInversion",
-    "best_of",
     "invert",
+    "recipe_for",
+    "session",
+    "start_from",
 ]

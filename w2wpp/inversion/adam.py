@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-
-EPSILON = 1e-8
+from ..rates import half_cosine
 
 
 @dataclass(frozen=True)
 class Adam:
+    gradients: ClassVar[bool] = True
+
     lr: float = 0.1  # a step's length in each coordinate; latents have unit deviation
     betas: tuple[float, float] = (0.9, 0.99)
     anneal: bool = True  # let the rate fall to zero over the run
@@ -25,6 +26,9 @@ class Adam:
                 f"Adam wants a positive rate and betas in [0, 1). Got lr={self.lr}, betas={self.betas}."
             )
 
+    def with_rate(self, rate: float) -> Adam:
+        return replace(self, lr=rate)
+
     def begin(self, start: Tensor, *, steps: int, seed: int) -> AdamRun:
         return AdamRun(self, start, steps)
 
@@ -32,35 +36,34 @@ class Adam:
 class AdamRun:
     gradients, stage = True, "adam"
 
+    @torch.inference_mode(False)
     def __init__(self, settings: Adam, start: Tensor, steps: int) -> None:
-        self.settings, self.steps = settings, steps
+        self.settings, self.steps, self.taken = settings, steps, 0
         self.x = start.detach().clone()  # [B, D]
-        self.first, self.second = torch.zeros_like(self.x), torch.zeros_like(self.x)
-        self.step = 0
+        self._adam = torch.optim.Adam([self.x], lr=settings.lr, betas=settings.betas)
 
     def ask(self) -> Tensor:
-        return self.x
+        return self.x.clone()
 
+    @torch.inference_mode(False)
     def tell(self, losses: Tensor, gradients: Tensor | None) -> None:
         assert gradients is not None
-        one, two = self.settings.betas
-        rate = self.settings.lr
         if self.settings.anneal:
-            rate *= 0.5 * (1 + math.cos(math.pi * self.step / self.steps))
-        self.step += 1
-        self.first = one * self.first + (1 - one) * gradients
-        self.second = two * self.second + (1 - two) * gradients.square()
-        mean = self.first / (1 - one**self.step)
-        root = (self.second / (1 - two**self.step)).sqrt() + EPSILON
-        self.x = self.x - rate * mean / root
+            (group,) = self._adam.param_groups
+            group["lr"] = self.settings.lr * half_cosine(self.taken / self.steps)
+        self.x.grad = gradients.clone()
+        self._adam.step()
+        self.taken += 1
 
     def result(self) -> Tensor:
-        return self.x
+        return self.x.clone()
 
     def state(self) -> dict[str, Tensor]:
-        moments = {"first": self.first, "second": self.second}
-        return {"x": self.x, **moments, "step": torch.tensor([self.step])}
+        moments = self._adam.state_dict()["state"].get(0, {})  # nothing before the first step
+        return {"x": self.x, "taken": torch.tensor([self.taken]), **moments}
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        self.x, self.first, self.second = (state[n].to(self.x) for n in ("x", "first", "second"))
-        self.step = int(state["step"])
+        moments = dict(state)
+        self.x.copy_(moments.pop("x"))
+        self.taken = int(moments.pop("taken"))
+        self._adam.load_state_dict({**self._adam.state_dict(), "state": {0: moments}})

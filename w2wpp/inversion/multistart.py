@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from ..errors import ConfigError
@@ -13,6 +15,8 @@ from .adam import Adam, AdamRun
 
 @dataclass(frozen=True)
 class Hybrid:
+    gradients: ClassVar[bool] = True
+
     starts: int = 4  # candidates: the start, the start scaled, and samples around it
     scales: tuple[float, ...] = (0.7, 1.3)  # of the start; from the mean they say nothing
     spread: float = 0.5  # deviation of the samples around the start
@@ -23,6 +27,9 @@ class Hybrid:
             raise ConfigError(
                 f"Hybrid wants at least one start and no negative spread. Got {self}."
             )
+
+    def with_rate(self, rate: float) -> Hybrid:
+        return replace(self, adam=self.adam.with_rate(rate))
 
     def begin(self, start: Tensor, *, steps: int, seed: int) -> HybridRun:
         return HybridRun(self, start, steps, seed)
@@ -43,14 +50,17 @@ class HybridRun:
         return "screening" if self.run is None else self.run.stage
 
     def ask(self) -> Tensor:
-        return self.candidates.flatten(0, 1) if self.run is None else self.run.ask()
+        if self.run is not None:
+            return self.run.ask()
+        return rearrange(self.candidates, "people starts d -> (people starts) d")
 
     def tell(self, losses: Tensor, gradients: Tensor | None) -> None:
         if self.run is not None:
             self.run.tell(losses, gradients)
             return
-        best = losses.unflatten(0, self.candidates.shape[:2]).argmin(1)  # [B]
-        self._descend(self.candidates[torch.arange(len(best)), best.to(self.candidates.device)])
+        best = rearrange(losses, "(people starts) -> people starts", people=len(self.start))
+        best = best.argmin(1).to(self.candidates.device)  # [B]
+        self._descend(self.candidates[torch.arange(len(best)), best])
 
     def result(self) -> Tensor:
         return self.start if self.run is None else self.run.result()
@@ -60,7 +70,7 @@ class HybridRun:
 
     def restore(self, state: dict[str, Tensor]) -> None:
         if state:
-            self._descend(state["x"])
+            self._descend(state["x"].to(self.start))
             assert self.run is not None
             self.run.restore(state)
 

@@ -10,11 +10,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+from einops import rearrange, reduce
 from torch import Tensor
 
 from ..diffusion.schedule import NoiseSchedule
 from ..errors import ConfigError, DataError, ShapeError
 from ..space import Space
+from .checkpoint import digest
 
 # denoise(noisy [N, C, H, W], timestep [N], vectors [R, P]) -> prediction [N, C, H, W]; rows ordered by vector
 Denoise = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -51,15 +53,12 @@ class Objective:
         draws: int = 8,  # M
         seed: int = 0,
         fresh: bool = False,  # new draws in every step, else the same ones
-        stratified: bool = True,  # timesteps spread evenly over the range
-        antithetic: bool = False,  # noise in pairs of opposite sign at the same timestep
-        timesteps: tuple[float, float] = (0.0, 1.0),  # range, as shares of the schedule
+        stratified: bool = True,  # timesteps spread evenly over the schedule
         weighting: str = "native",  # see NoiseSchedule.weights
         mask: Tensor | None = None,  # [n or 1, 1, H, W], what of the pictures counts
         prior: float = 0.0,  # weight of |z|^2 / 2
         micro_batch: int | None = None,  # most pictures that go through the UNet at once
     ) -> None:
-        low, high = timesteps
         if pictures.ndim not in (4, 5) or 0 in pictures.shape:
             raise ShapeError(
                 "Pictures are [n, C, H, W] of one person, or [B, n, C, H, W] of B people. Got "
@@ -67,18 +66,15 @@ class Objective:
             )
         if not bool(torch.isfinite(pictures).all()):
             raise DataError("The pictures to invert hold NaN or infinite numbers.")
-        if draws < 1 or (antithetic and draws % 2):
-            raise ConfigError(f"Draws are positive, and even when antithetic. Got {draws}.")
-        if not 0 <= low < high <= 1 or prior < 0 or (micro_batch is not None and micro_batch < 1):
+        if draws < 1 or not prior >= 0 or (micro_batch is not None and micro_batch < 1):
             raise ConfigError(
-                "A timestep range lies within 0 and 1, the prior is not negative, a micro batch "
-                f"is at least 1. Got {timesteps=}, {prior=}, {micro_batch=}."
+                "Draws and a micro batch are at least 1, and the prior is not negative. Got "
+                f"{draws=}, {prior=}, {micro_batch=}."
             )
         self.space, self.denoise, self.schedule = space, denoise, schedule
         self.pictures = (pictures[None] if pictures.ndim == 4 else pictures).detach()
         self.draws, self.seed, self.fresh = draws, seed, fresh
-        self.stratified, self.antithetic, self.timesteps = stratified, antithetic, timesteps
-        self.prior, self.micro_batch = prior, micro_batch
+        self.stratified, self.prior, self.micro_batch = stratified, prior, micro_batch
         # Hosts run in inference mode, and what is made there can't take part in gradients.
         with torch.inference_mode(False):
             self.mask = None if mask is None else self._mask(mask.clone())
@@ -95,6 +91,25 @@ class Objective:
     def evaluations(self) -> int:
         """Pictures that went through the UNet, per person; forward, or forward and backward."""
         return self.rows_evaluated // self.people
+
+    def digest(self) -> str:
+        """32 hex digits over all that decides the loss, but for the model behind `denoise`.
+
+        A model that can be told from others has a `fingerprint` of its own, which counts too.
+        """
+        facts = {
+            "space": self.space.fingerprint,
+            "prediction": self.schedule.prediction,
+            "model": getattr(self.denoise, "fingerprint", ""),
+            **{n: getattr(self, n) for n in ("draws", "seed", "fresh", "stratified", "prior")},
+        }
+        tensors = {
+            "pictures": self.pictures,
+            "mask": self.mask,
+            "weights": self.weights,
+            "alphas_cumprod": self.schedule.alphas_cumprod,
+        }
+        return digest(facts, tensors)
 
     def draw(self, step: int) -> Draw:
         """The draws of a step; of every step the same ones unless `fresh`."""
@@ -146,8 +161,11 @@ class Objective:
     def _denoising(self, vectors: Tensor, rows: slice, draw: Draw, total: int) -> Tensor:
         """Vectors [r, P] of some rows -> mean weighted squared error over their draws [r]."""
         people = (torch.arange(total)[rows] // (total // self.people)).to(draw.picture.device)
-        x0 = self.pictures[people[:, None], draw.picture[people]].flatten(0, 1)  # [r * M, ...]
-        noise, timestep = draw.noise[people].flatten(0, 1), draw.timestep[people].flatten()
+        shown = (people[:, None], draw.picture[people])
+        x0, noise, timestep = (
+            rearrange(part, "r m ... -> (r m) ...")
+            for part in (self.pictures[shown], draw.noise[people], draw.timestep[people])
+        )
         noisy, target = self.schedule.add_noise(x0, noise, timestep)
         self.rows_evaluated += len(noisy)
         predicted = self.denoise(noisy, timestep, vectors)
@@ -155,9 +173,9 @@ class Objective:
             predicted = predicted.float()
         error = (predicted - target.to(predicted)).square()
         if self.mask is not None:
-            error = error * self.mask[people[:, None], draw.picture[people]].flatten(0, 1)
-        by_draw = error.flatten(1).mean(1) * self.weights[timestep]
-        return by_draw.to(vectors.device).unflatten(0, (len(people), -1)).mean(1)
+            error = error * rearrange(self.mask[shown], "r m ... -> (r m) ...")
+        by_draw = reduce(error, "n c h w -> n", "mean") * self.weights[timestep]
+        return reduce(by_draw.to(vectors.device), "(r m) -> r", "mean", r=len(people))
 
     def _chunks(self, rows: int, draw: Draw) -> Iterator[tuple[slice, Draw]]:
         """Rows and draws in pieces of at most `micro_batch` pictures."""
@@ -178,17 +196,13 @@ class Objective:
         """[M], [M, C, H, W], [M] from a generator of their own, so that a run can resume anywhere."""
         mixed = ((self.seed * 100_003 + person) * 100_003 + number) % 2**63
         generator = torch.Generator().manual_seed(mixed)
-        unique = size // 2 if self.antithetic else size
-        noise = torch.randn(unique, *self.pictures.shape[2:], generator=generator)
-        u = torch.rand(unique, generator=generator)
+        noise = torch.randn(size, *self.pictures.shape[2:], generator=generator)
+        u = torch.rand(size, generator=generator)
         if self.stratified:
-            u = (torch.randperm(unique, generator=generator) + u) / unique
-        low, high = (share * len(self.schedule) for share in self.timesteps)
-        timestep = (low + u * (high - low)).long().clamp(max=len(self.schedule) - 1)
+            u = (torch.randperm(size, generator=generator) + u) / size
+        timestep = (u * len(self.schedule)).long().clamp(max=len(self.schedule) - 1)
         count = self.pictures.shape[1]
         picture = torch.randperm(count, generator=generator)[torch.arange(size) % count]
-        if self.antithetic:
-            noise, timestep = torch.cat([noise, -noise]), timestep.repeat(2)
         return picture, noise, timestep
 
     def _mask(self, mask: Tensor) -> Tensor:

@@ -39,5 +39,12 @@ class Run(Protocol):
 class Optimiser(Protocol):
     """Settings. The same seed gives the same run."""
 
+    @property
+    def gradients(self) -> bool:
+        """Whether a run of it ever wants gradients: without, the model needs no memory for them."""
+
+    def with_rate(self, rate: float) -> Optimiser:
+        """The same, but for how far a step goes."""
+
     def begin(self, start: Tensor, *, steps: int, seed: int) -> Run:
         """Start at [B, D]."""

@@ -9,6 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from ..errors import ConfigError
+from ..identity import Identity
+from ..space import Space
 from .adam import Adam
 from .cma import Cma
 from .multistart import Hybrid
@@ -43,14 +46,29 @@ class Recipe:
         share = self.pivotal_share if pivotal is None else pivotal
         pivotal_steps = round(share * count)
         stage = replace(self.pivotal or Pivotal(), steps=pivotal_steps) if pivotal_steps else None
-        optimiser = self.optimiser if rate is None else _with_rate(self.optimiser, rate)
+        optimiser = self.optimiser if rate is None else self.optimiser.with_rate(rate)
         return replace(self, optimiser=optimiser, steps=count, objective=objective, pivotal=stage)
 
     def __str__(self) -> str:
         return (
-            f"{self.steps} steps of {self.objective['draws']} noised pictures, {self.optimiser}, prior "
+            f"{self.steps} steps of {self.draws} noised pictures, {self.optimiser}, prior "
             f"{self.objective.get('prior', 0.0):g}, pivotal {self.pivotal_share:g}"
         )
+
+    @property
+    def draws(self) -> int:
+        """Noised pictures of each step."""
+        return int(self.objective["draws"])
+
+    @property
+    def fresh(self) -> bool:
+        """Whether every step has other noise, so that losses of different steps do not compare."""
+        return bool(self.objective.get("fresh", False))
+
+    @property
+    def gradients(self) -> bool:
+        """Whether any step wants gradients."""
+        return self.optimiser.gradients or self.pivotal is not None
 
     @property
     def pivotal_share(self) -> float:
@@ -75,13 +93,14 @@ FAR = {
     "cma": Recipe(Cma(sigma=0.3), 80, {"draws": 8, "prior": 1e-4}, None, "mean"),
     "hybrid": Recipe(Hybrid(adam=Adam(lr=0.1)), 100, {"draws": 4, **_PAPER}, None, "mean", "last"),
 }
+METHODS = tuple(FAR)
 
 
-def _with_rate(optimiser: Optimiser, rate: float) -> Optimiser:
-    """How far a step goes: for CMA-ES the deviation of its first population."""
-    if isinstance(optimiser, Cma):
-        return replace(optimiser, sigma=rate)
-    if isinstance(optimiser, Hybrid):
-        return replace(optimiser, adam=replace(optimiser.adam, lr=rate))
-    assert isinstance(optimiser, Adam)
-    return replace(optimiser, lr=rate)
+def recipe_for(space: Space, method: str, start: Identity | None = None) -> Recipe:
+    """The method's recipe: a short one where the space guesses the person from their picture.
+
+    A start that somebody brings may lie anywhere, so it gets the long one. Raises ConfigError for an unknown method.
+    """
+    if method not in METHODS:
+        raise ConfigError(f"The methods are {', '.join(METHODS)}. Got {method!r}.")
+    return (NEAR if start is None and space.start is not None else FAR)[method]

@@ -2,38 +2,41 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ...basis import AffineBasis
 from ...codecs import build_codec
-from ...errors import ConfigError
-from ...identity import Identity
-from ...inversion import Denoise, NoiseSchedule, Objective, Recipe, Solution, invert
+from ...inversion import Callback, Recipe, Solution, session
+from ...inversion.checkpoint import digest
 from ...lora.hooks import loras_applied
 from ...lora.layout import Layout
 from ...space import Space
 from ..world.base import AvatarBase
+from ..world.painter import noise_schedule
 from ..world.renderer import render, sample_nuisance
 
 PORTRAIT_SEED = 9_000  # of the pictures that are inverted
 
 
-def denoiser(base: AvatarBase, layout: Layout, words: Tensor | None = None) -> Denoise:
-    """The avatar base under the trigger prompt, or under words [3] that describe the picture."""
-    prompt = base.prompt(torch.full((1, 3), -1) if words is None else words[None])
+class AvatarDenoiser:
+    """The avatar base as inversion sees it, under the trigger prompt or words [3] that describe the picture."""
 
-    def denoise(noisy: Tensor, timestep: Tensor, vectors: Tensor) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16), loras_applied(base.unet, layout, vectors):
-            return base(noisy, timestep, prompt.expand(len(noisy), -1, -1))
+    def __init__(self, base: AvatarBase, layout: Layout, words: Tensor | None = None) -> None:
+        self.base, self.layout = base, layout
+        self.prompt = base.prompt(torch.full((1, 3), -1) if words is None else words[None])
 
-    return denoise
+    def __call__(self, noisy: Tensor, timestep: Tensor, vectors: Tensor) -> Tensor:
+        loras = loras_applied(self.base.unet, self.layout, vectors)
+        with torch.autocast("cpu", torch.bfloat16), loras:
+            return self.base(noisy, timestep, self.prompt.expand(len(noisy), -1, -1))
 
-
-def schedule(base: AvatarBase) -> NoiseSchedule:
-    return NoiseSchedule(base.alphas_cumprod, base.config.prediction)
+    @property
+    def fingerprint(self) -> str:
+        """Of the base's weights and the prompt: checkpoints of inversions name their model by it."""
+        return digest({}, {**self.base.state_dict(), "prompt": self.prompt})
 
 
 def portraits(identity: Tensor, rows: Tensor) -> Tensor:
@@ -49,41 +52,22 @@ def invert_pictures(
     base: AvatarBase,
     space: Space,
     pictures: Tensor,
-    recipe: Recipe,
+    how: str | Recipe,
     *,
+    mask: Tensor | None = None,
     seed: int = 0,
-    **options: Any,
+    callback: Callback | None = None,
+    checkpoint: Path | None = None,
 ) -> Solution:
-    """Pictures [B, 3, 32, 32] of as many people, side by side."""
-    start = start_of(space, pictures, recipe.start)
-    if start is not None and recipe.steps == 0:
-        return Solution(start, [], 0, "the start itself", [], 0.0)
-    objective = Objective(
-        space,
-        pictures[:, None],
-        denoiser(base, space.layout),
-        schedule(base),
-        seed=seed,
-        **recipe.objective,
+    """One picture each of B people [B, 3, 32, 32], side by side, by a method or a recipe."""
+    shown = pictures[:, None]
+    made = session(space, shown, how, faces=shown, mask=mask, seed=seed)
+    return made.solve(
+        AvatarDenoiser(base, space.layout),
+        noise_schedule(base),
+        callback=callback,
+        checkpoint=checkpoint,
     )
-    return invert(
-        objective,
-        recipe.optimiser,
-        steps=recipe.steps,
-        start=start,
-        pivotal=recipe.pivotal,
-        seed=seed,
-        **{"keep": recipe.keep, **options},
-    )
-
-
-def start_of(space: Space, pictures: Tensor, kind: str) -> Identity | None:
-    """Where an inversion starts; none is the mean person of the space."""
-    if kind == "mean" or (kind == "amortised" and space.start is None):
-        return None
-    if kind != "amortised":
-        raise ConfigError(f"An inversion starts at 'amortised' or 'mean'. Got {kind!r}.")
-    return space.start_from(pictures)
 
 
 def weight_space(layout: Layout, mean: Tensor, std: Tensor) -> Space:

@@ -25,9 +25,10 @@ from ...training.dataset import load_dataset
 from ...training.people import Momentum, measure_start
 from ..build.dreambooth import DreamBooth, people_loss
 from ..build.loras import LoraSet
+from ..world.painter import noise_schedule
 from ..world.renderer import sample_nuisance
 from ..world.studio import Studio, open_studio
-from .inversion import denoiser, invert_pictures, portraits, schedule, weight_space
+from .inversion import AvatarDenoiser, invert_pictures, portraits, weight_space
 
 TUNING = 40  # held-out people that recipes may be chosen on; none of them is scored
 GROUP = 50  # people that are inverted side by side
@@ -267,8 +268,8 @@ def one_picture_dreambooth(
     objective = Objective(
         space,
         pictures[:, None],
-        denoiser(studio.base, layout),
-        schedule(studio.base),
+        AvatarDenoiser(studio.base, layout),
+        noise_schedule(studio.base),
         draws=config.pictures,
         fresh=True,
     )

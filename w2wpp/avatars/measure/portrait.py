@@ -11,7 +11,7 @@ from torch import Tensor
 from ...errors import ConfigError
 from ...files.pictures import open_picture, pixels
 from ...identity import save_identity
-from ...inversion import FAR, NEAR, Progress
+from ...inversion import Callback, Progress
 from ...spacefile import load_space
 from ..world.base import load_base
 from ..world.renderer import IMAGE_SIZE
@@ -27,15 +27,26 @@ def invert_file(
     method: str,
     mask_path: Path | None = None,
     seed: int = 0,
-    callback: Any = None,
+    callback: Callback | None = None,
+    checkpoint: Path | None = None,
 ) -> dict[str, Any]:
-    space, picture = load_space(space_path), read_picture(picture_path)
-    recipe = (FAR if space.start is None else NEAR)[method]
+    """Find the person of a picture file, write them to ``output``, and say what it took.
+
+    A mask file is white where the picture counts. With a checkpoint an interrupted call goes on where it was.
+    """
+    picture = read_picture(picture_path)
+    mask = None
     if mask_path is not None:
         mask = read_picture(mask_path).mean(1, keepdim=True) / 2 + 0.5  # white counts
-        recipe = replace(recipe, objective={**recipe.objective, "mask": mask})
     solution = invert_pictures(
-        load_base(base_path), space, picture, recipe, seed=seed, callback=callback
+        load_base(base_path),
+        load_space(space_path),
+        picture,
+        method,
+        mask=mask,
+        seed=seed,
+        callback=callback,
+        checkpoint=checkpoint,
     )
     how = {**solution.identity.provenance, "picture": picture_path.name, "method": method}
     save_identity(replace(solution.identity, provenance=how), output)
