@@ -50,9 +50,10 @@ def test_shapes(space, layout):
 
 
 def test_batch_equals_one_by_one(space):
-    ids = space.sample(4, generator=generator())
+    ids = space.sample(5, generator=generator())
     alone = torch.cat([one.vectors(space) for one in ids])
-    assert torch.allclose(ids.vectors(space), alone, atol=1e-6)
+    apart = (ids.vectors(space) - alone).abs().amax(1) / alone.abs().amax(1)
+    assert float(apart.max()) <= 1e-6  # as the documentation of `decode` says
 
 
 def test_truncation_scales(space):
