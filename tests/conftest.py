@@ -15,6 +15,12 @@ CODECS = ("pca", "vae-skip", "vae-mlp", "seed")
 COMPONENTS, LATENT = 12, 5
 
 
+def pytest_addoption(parser):
+    """How long the tests of damaged files and killed writers take; more for a release."""
+    parser.addoption("--mutants", type=int, default=3000, help="damaged files to read")
+    parser.addoption("--kills", type=int, default=60, help="writers to kill")
+
+
 def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 

@@ -13,8 +13,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # From the ground up. A room knows itself and what lies below it; rooms of one floor do not know each other.
 FLOORS = (
     ("errors",),
-    ("files", "metrics", "noise", "plots", "rates"),
-    ("basis", "lora.layout", "diffusion"),
+    ("files", "metrics", "noise", "rates"),
+    ("basis", "lora.layout", "diffusion", "plots"),
     ("codecs", "flow", "lora", "start_network"),
     ("identity", "delta_basis"),
     ("space",),

@@ -10,8 +10,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from w2wpp import DataError, FormatError, ShapeError, Space, SpaceMismatch, load_space, save_space
-from w2wpp.files.container import open_container
+from w2wpp import (
+    AffineBasis,
+    ConfigError,
+    DataError,
+    FormatError,
+    ShapeError,
+    Space,
+    SpaceMismatch,
+    load_space,
+    save_space,
+)
+from w2wpp.files.container import open_container, write_container
 from w2wpp.space import compact
 from w2wpp.spacefile import find_space
 
@@ -217,12 +227,56 @@ def test_unknown_codec_in_a_file(stored):
         load_space(stored)
 
 
-def test_nan_in_a_file(make_space, tmp_path):
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_nan_in_a_space_and_in_its_file(make_space, tmp_path, bad):
     space = make_space("pca")
-    broken = dataclasses.replace(space, prior_mean=torch.full((space.latent_size,), float("nan")))
-    save_space(broken, tmp_path / "s")
+    with pytest.raises(ConfigError, match="NaN or infinite numbers: prior_mean"):
+        dataclasses.replace(space, prior_mean=torch.full((space.latent_size,), bad))
+    with pytest.raises(ConfigError, match="a finite scale"):
+        AffineBasis(4, scale=bad)
+    with pytest.raises(ConfigError, match="finite, positive alpha"):
+        dataclasses.replace(space.layout, alpha=bad)
+    save_space(space, tmp_path / "s")
+    with open_container(tmp_path / "s", "w2wpp.space") as file:
+        tensors = {n: file.read(n) for n in file.entries}
+        tensors["prior.mean"] = torch.full((space.latent_size,), bad)
+        write_container(tmp_path / "s", tensors, format="w2wpp.space", config=file.config)
     with pytest.raises(FormatError, match="NaN"):
         load_space(tmp_path / "s")
+
+
+def damaged_configurations():
+    return {
+        "rank Infinity": lambda c: c["layout"].update(rank=float("inf")),
+        "rank 1.5": lambda c: c["layout"].update(rank=1.5),
+        "alpha NaN": lambda c: c["layout"].update(alpha=float("nan")),
+        "alpha of 400 digits": lambda c: c["layout"].update(alpha=10**400),
+        "alpha zero": lambda c: c["layout"].update(alpha=0),
+        "layout a list": lambda c: c.update(layout=[]),
+        "dropout text": lambda c: c["codec"].update(dropout="x"),
+        "dropout 2": lambda c: c["codec"].update(dropout=2),
+        "hidden a number": lambda c: c["codec"].update(hidden=3),
+        "hidden negative": lambda c: c["codec"].update(hidden=[-3]),
+        "codec name a list": lambda c: c["codec"].update(name=[1]),
+        "latent size of 30 digits": lambda c: c["codec"].update(latent_size=10**30),
+        "basis rank text": lambda c: c["basis"].update(rank="12"),
+        "basis kind none": lambda c: c["basis"].update(kind=None),
+        "provenance a list": lambda c: c.update(provenance=[1]),
+        "fingerprint a number": lambda c: c.update(fingerprint=7),
+        "start a list": lambda c: c.update(start=[]),
+        "start of impossible sizes": lambda c: c.update(
+            start={"latent_size": 5, "rank": 0, "size": 2**62, "width": 2**62, "features": 8}
+        ),
+    }
+
+
+@pytest.mark.parametrize("what", damaged_configurations())
+def test_a_damaged_configuration_is_one_sentence(make_space, tmp_path, what):
+    save_space(make_space("vae-skip"), tmp_path / "s.safetensors")
+    rewrite(tmp_path / "s.safetensors", damaged_configurations()[what])
+    with pytest.raises(FormatError, match=r"s\.safetensors") as caught:
+        load_space(tmp_path / "s.safetensors")
+    assert "\n" not in str(caught.value)
 
 
 def test_find_space_by_fingerprint(space, stored, tmp_path):

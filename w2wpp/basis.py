@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -60,9 +61,14 @@ class Basis:
                 f"[{self.size}] and singular values "
                 f"[{self.n_components}]. Got {shapes[0]}, {shapes[1]} and {shapes[2]}."
             )
-        if not bool((singular_values > 0).all()):
+        parts = (mean, std, *components.split(64))
+        if not all(bool(torch.isfinite(t).all()) for t in parts):
             raise ConfigError(
-                "Every singular value of a basis must be positive; keep fewer components."
+                "The mean, std or components of a basis hold NaN or infinite numbers."
+            )
+        if not bool(((singular_values > 0) & torch.isfinite(singular_values)).all()):
+            raise ConfigError(
+                "Every singular value of a basis must be finite and positive; keep fewer components."
             )
         self._tensors = {
             "mean": mean.detach().float(),
@@ -74,6 +80,8 @@ class Basis:
     @classmethod
     def from_container(cls, file: Container, size: int, n_components: int) -> Basis:
         """The basis.* tensors of a file, checked now and read later."""
+        if type(n_components) is not int or n_components < 1:
+            raise ConfigError(f"a basis has one component at least. Got {n_components!r}.")
         floats = (torch.float16, torch.float32)
         file.require("basis.mean", (size,), *floats)
         file.require("basis.std", (size,), *floats)
@@ -177,12 +185,15 @@ class AffineBasis:
     rank = property(lambda self: self.n_components, doc="K, by its older name")
 
     def __init__(self, size: int, *, shift: float = 0.0, scale: float = 1.0) -> None:
-        if scale == 0 or size < 1:
+        shift, scale = float(shift), float(scale)
+        finite = math.isfinite(shift) and math.isfinite(scale)
+        if type(size) is not int or size < 1 or not finite or scale == 0:
             raise ConfigError(
-                f"An affine basis needs a size and a scale other than 0. Got {size=} and {scale=}."
+                "An affine basis needs a positive size, a finite shift and a finite scale other than "
+                f"0. Got {size=}, {shift=} and {scale=}."
             )
         self.size = self.n_components = size
-        self.shift, self.scale = float(shift), float(scale)
+        self.shift, self.scale = shift, scale
 
     @property
     def singular_values(self) -> Tensor:

@@ -1,5 +1,10 @@
 """What this library refuses, in one family: catch `W2WError`, its text is meant for the user."""
 
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
 
 class W2WError(ValueError):
     """Base class. Messages say what was received, what was expected and what to do next."""
@@ -31,3 +36,29 @@ class DataError(W2WError):
 
 class WriteError(W2WError, OSError):
     """A file could not be written: no space, no permission. What was there before is as it was."""
+
+
+@contextlib.contextmanager
+def reading(what: str) -> Iterator[None]:
+    """Taking apart what a file holds: whatever goes wrong inside means that the file does not read.
+
+    `what` begins the sentence: "face.safetensors: the configuration of this identity".
+    """
+    try:
+        yield
+    except W2WError as e:
+        if isinstance(e, FormatError) and str(e).startswith(what.partition(": ")[0]):
+            raise  # it names the file already
+        raise FormatError(f"{what} does not read: {e}") from e
+    except KeyError as e:
+        raise FormatError(f"{what} does not read: it lacks {e}.") from e
+    except (
+        TypeError,
+        ValueError,
+        AttributeError,
+        IndexError,
+        OverflowError,
+        RuntimeError,  # torch's name for what does not fit; also of too deep a nesting
+        MemoryError,
+    ) as e:
+        raise FormatError(f"{what} does not read ({type(e).__name__}: {e}).") from e

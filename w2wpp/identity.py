@@ -14,6 +14,7 @@ from .errors import ConfigError, FormatError, ShapeError, SpaceMismatch
 from .files.container import open_container, write_container
 
 FORMAT = "w2wpp.identity"
+MOST_STEPS = 100_000  # of a walk
 
 
 class Decoder(Protocol):
@@ -66,10 +67,15 @@ class Identity:
         """One identity or a range of them, still as a batch; provenance keeps the row numbers."""
         rows = list(range(len(self)))[index]
         rows = rows if isinstance(rows, list) else [rows]
-        before = self.provenance.get("rows", range(len(self)))
+        before = self._rows()
         provenance = {**self.provenance, "rows": [before[i] for i in rows]}
         residual = None if self.residual is None else self.residual[rows]
         return Identity(self.z[rows], self.space_fingerprint, residual, provenance)
+
+    def _rows(self) -> Sequence[int]:
+        """Where each row stood in what was made first."""
+        rows = self.provenance.get("rows")
+        return rows if isinstance(rows, list) and len(rows) == len(self) else range(len(self))
 
     def __iter__(self) -> Iterator[Identity]:
         return (self[i] for i in range(len(self)))
@@ -145,19 +151,19 @@ def save_identity(identity: Identity, path: str | os.PathLike[str]) -> None:
 
 
 def load_identity(path: str | os.PathLike[str]) -> Identity:
-    file = open_container(path, FORMAT)
-    fingerprint, provenance = (
-        file.config.get("space_fingerprint"),
-        file.config.get("provenance", {}),
-    )
-    if not isinstance(fingerprint, str) or not isinstance(provenance, dict):
-        raise FormatError(f"{path}: the identity does not say which space it belongs to.")
-    rows = file.require("z", (None, None), torch.float32).shape[0]
-    residual = None
-    if "residual" in file:
-        file.require("residual", (rows, None), torch.float32)
-        residual = file.read("residual")
-    return Identity(file.read("z"), fingerprint, residual, provenance)
+    with open_container(path, FORMAT) as file:
+        fingerprint = file.config.get("space_fingerprint")
+        provenance = file.config.get("provenance", {})
+        if not isinstance(fingerprint, str) or not isinstance(provenance, dict):
+            raise FormatError(f"{path}: the identity does not say which space it belongs to.")
+        rows, size = file.require("z", (None, None), torch.float32).shape
+        if rows < 1 or size < 1:
+            raise FormatError(f"{path}: there is nobody in this identity file.")
+        residual = None
+        if "residual" in file:
+            file.require("residual", (rows, None), torch.float32)
+            residual = file.read("residual")
+        return Identity(file.read("z"), fingerprint, residual, provenance)
 
 
 def require_same_space(identity: str, space: str, name: str = "") -> None:
@@ -176,8 +182,10 @@ def _positions(steps: int | None, positions: Sequence[float] | None) -> Tensor:
     if (steps is None) == (positions is None):
         raise ConfigError("Interpolation takes either steps or positions.")
     if steps is not None:
-        if steps < 1:
-            raise ConfigError(f"Interpolation needs at least one step. Got {steps}.")
+        if not 1 <= steps <= MOST_STEPS:
+            raise ConfigError(
+                f"Interpolation needs at least one step and takes at most {MOST_STEPS:,}. Got {steps}."
+            )
         return torch.linspace(0.0, 1.0, steps, dtype=torch.float64)[:, None]
     t = torch.tensor(list(positions or ()), dtype=torch.float64)[:, None]
     if len(t) == 0 or not bool(torch.isfinite(t).all()):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .errors import ConfigError
+from .files.writing import replacing
 
 
 def plot_latents(latents: Mapping[str, Tensor], path: Path, *, dimensions: int = 4) -> None:
@@ -75,7 +76,7 @@ def _pyplot() -> Any:
 
 
 def _save(plt: Any, figure: Any, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    with replacing(path) as file:
+        figure.savefig(file, dpi=110, format=path.suffix.lstrip(".") or "png")
     plt.close(figure)

@@ -25,6 +25,7 @@ from .noise import standard_normal
 from .start_network import StartNetwork
 
 SpaceBasis = AnyBasis | DeltaBasis
+MOST_NUMBERS = 2**28  # of latents in one identity: a gigabyte
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,6 +75,11 @@ class Space:
             raise ShapeError(
                 f"The latents of this codec have {d[0]} dimensions, those of its flow {self.flow.size}."
             )
+        odd = [name for name, t in vectors.items() if not bool(torch.isfinite(t).all())]
+        if odd:
+            raise ConfigError(
+                f"These vectors of a space hold NaN or infinite numbers: {', '.join(odd)}."
+            )
         if not bool((self.prior_std > 0).all()):
             raise ConfigError("The prior's standard deviations must be positive.")
 
@@ -104,7 +110,8 @@ class Space:
 
     @property
     def training_report(self) -> Mapping[str, Any]:
-        return self.provenance.get("training_report", {})
+        report = self.provenance.get("training_report")
+        return report if isinstance(report, Mapping) else {}
 
     def encode(self, w: Tensor) -> Posterior:
         """w [B, P] -> posterior over standardised latents [B, d]."""
@@ -146,8 +153,11 @@ class Space:
 
     def sample(self, n: int, *, generator: torch.Generator, truncation: float = 1.0) -> Identity:
         """n identities from N(0, I), scaled by the truncation. Same generator seed, same bits, on every machine."""
-        if n < 1:
-            raise ConfigError(f"Sampling needs at least one identity. Got {n}.")
+        if not 1 <= n <= MOST_NUMBERS // self.latent_size:
+            raise ConfigError(
+                "Sampling draws at least one identity and at most "
+                f"{MOST_NUMBERS // self.latent_size:,} of this space. Got {n}."
+            )
         if not 0.0 <= truncation < float("inf"):
             raise ConfigError(
                 f"Truncation must be zero or positive (usually 0 to 1). Got {truncation}."

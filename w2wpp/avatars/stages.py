@@ -15,6 +15,8 @@ from typing import Any
 import torch
 
 from ..errors import ConfigError
+from ..files.text import read_json
+from ..files.writing import write_text
 from ..plots import plot_curves
 from ..spacefile import load_space, save_directions
 from ..training.dataset import VectorDataset, load_dataset
@@ -94,7 +96,7 @@ def run_gate(args: Namespace) -> dict[str, Any]:
     result = judge_world(_studio(), dataset, components=spaces.components_of(dataset))
     result["hardware"] = _hardware()
     _write_json(args.output, result)
-    args.output.with_suffix(".md").write_text(gate_table(result) + "\n", encoding="utf-8")
+    write_text(args.output.with_suffix(".md"), gate_table(result) + "\n")
     _log(gate_table(result))
     return result
 
@@ -130,7 +132,7 @@ def run_evaluate(args: Namespace) -> dict[str, Any]:
     _log(evaluation.table(rows))
     if args.output:
         _write_json(args.output, result)
-        args.output.with_suffix(".md").write_text(evaluation.table(rows) + "\n", encoding="utf-8")
+        write_text(args.output.with_suffix(".md"), evaluation.table(rows) + "\n")
         evaluation.draw(args.space, protocol, args.output.with_suffix(""))
     return result
 
@@ -145,13 +147,13 @@ def _evaluate_inversion(args: Namespace) -> dict[str, Any]:
         min(args.people or 160, 160),
     )
     output = args.output or RESULTS / "inversion.json"
-    before = json.loads(output.read_text("utf-8")) if args.rows and output.exists() else {}
+    before = read_json(output) if args.rows and output.exists() else {}
 
     def save(result: dict[str, Any]) -> None:
         result = inversion_benchmark.merged(before, result)
         _write_json(output, {**result, "hardware": _hardware()})
         text = inversion_benchmark.table(result) + "\n"
-        output.with_suffix(".md").write_text(text, encoding="utf-8")
+        write_text(output.with_suffix(".md"), text)
         plot_curves(dict(inversion_benchmark.curves(result)), output.with_suffix(".png"))
 
     return inversion_benchmark.run_benchmark(
@@ -185,7 +187,7 @@ def run_directions(args: Namespace) -> dict[str, Any]:
         "seconds": round(time.monotonic() - started),
     }
     _write_json(args.output, result)
-    args.output.with_suffix(".md").write_text("\n".join(tables), encoding="utf-8")
+    write_text(args.output.with_suffix(".md"), "\n".join(tables))
     return {"written": str(args.output)}
 
 
@@ -198,7 +200,7 @@ def run_start(args: Namespace) -> dict[str, Any]:
 
 def run_list(args: Namespace) -> dict[str, Any]:
     path = MODELS / "README.md"
-    path.write_text(catalogue(MODELS), encoding="utf-8")
+    write_text(path, catalogue(MODELS))
     return {"written": str(path)}
 
 
@@ -228,8 +230,7 @@ def _hardware() -> str:
 
 
 def _write_json(path: Path, result: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(result, indent=1) + "\n")
 
 
 def _log(line: str) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import csv
-import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
@@ -17,8 +15,9 @@ from torch import Tensor
 from ..basis import AffineBasis, AnyBasis
 from ..codecs import CODECS
 from ..encode import aligned, vector_in
-from ..errors import ConfigError, DataError, FormatError
+from ..errors import ConfigError, DataError, FormatError, reading
 from ..files.container import open_container
+from ..files.text import finite_number, parse_json, read_csv, read_json
 from ..imports.w2w import LICENCE, TRIGGER_PROMPT, open_w2w
 from ..imports.w2w_space import w2w_basis, w2w_coefficients
 from ..lora.files import load_lora
@@ -305,25 +304,24 @@ def find_layout(name: str) -> Layout:
         return LAYOUTS[name]
     path = Path(name)
     if path.suffix == ".json":
-        try:
-            return Layout.from_json(json.loads(path.read_text(encoding="utf-8")))
-        except json.JSONDecodeError as e:
-            raise FormatError(f"{path} is not JSON.") from e
-    config = json.loads(open_container(path).metadata.get("config", "{}"))
-    if "layout" not in config:
+        with reading(f"{path}: the layout"):
+            return Layout.from_json(read_json(path))
+    with open_container(path) as file:
+        config = parse_json(file.metadata.get("config", "{}"), f"{path}: its configuration")
+    if not isinstance(config, dict) or "layout" not in config:
         raise ConfigError(
             f"{path} holds no layout; name {', '.join(LAYOUTS)}, a space or a data set."
         )
-    return Layout.from_json(config["layout"])
+    with reading(f"{path}: its layout"):
+        return Layout.from_json(config["layout"])
 
 
 def _labels(path: str, loras: Sequence[Path]) -> tuple[Tensor, tuple[str, ...]]:
     """[N, A] in the order of the files, from a table whose first column names them."""
-    with open(path, newline="", encoding="utf-8-sig") as f:
-        table = list(csv.reader(f))
+    table = read_csv(path)
     if len(table) < 2 or len(table[0]) < 2:
         raise FormatError(f"{path} needs a header line and a column of names before the labels.")
-    rows = {row[0]: row[1:] for row in table[1:] if row}
+    rows = {row[0]: row[1:] for row in table[1:]}
     return torch.stack(list(_label_rows(path, rows, loras, len(table[0]) - 1))), tuple(table[0][1:])
 
 
@@ -334,10 +332,8 @@ def _label_rows(
         found = next((rows[k] for k in (lora.name, lora.stem, lora.parent.name) if k in rows), None)
         if found is None:
             raise DataError(f"{path} has no line for {lora.name}.")
-        try:
-            values = torch.tensor([float(v) for v in found])
-        except ValueError as e:
-            raise FormatError(f"{path}: the labels of {lora.name} are not all numbers.") from e
+        where = f"{path}: the labels of {lora.name}"
+        values = torch.tensor([finite_number(v, where) for v in found])
         if len(values) != count:
             raise FormatError(f"{path}: {lora.name} has {len(values)} labels, the header {count}.")
         yield values

@@ -15,6 +15,7 @@ from .pca import PCA
 from .vae_mlp import MLPVAE
 from .vae_skip import SkipVAE
 
+DEEPEST, WIDEST = 100, 2**24  # layers and units; far beyond what anybody trains
 CODECS: dict[str, Any] = {c.name: c for c in (PCA, SkipVAE, MLPVAE, Seed, SeedResidual)}
 
 
@@ -22,12 +23,33 @@ def build_codec(config: Mapping[str, Any], *, operations: Any = nn) -> Codec:
     """A codec with fresh weights from its configuration; `operations` makes the layers."""
     options = dict(config)
     name = options.pop("name", None)
-    if name not in CODECS:
+    if not isinstance(name, str) or name not in CODECS:
         raise ConfigError(f"Unknown codec {name!r}; this release has {', '.join(CODECS)}.")
+    _check_options(options)
     try:
         return CODECS[name](**options, operations=operations)
-    except TypeError as e:
-        raise ConfigError(f"The codec '{name}' does not take the options {sorted(options)}.") from e
+    except ConfigError:
+        raise
+    except (TypeError, ValueError, RuntimeError) as e:
+        given = ", ".join(f"{k} = {v!r}" for k, v in options.items())
+        raise ConfigError(f"The codec '{name}' can't be made with {given}: {e}.") from e
+
+
+def _check_options(options: Mapping[str, Any]) -> None:
+    """Sizes and shares that no codec has are refused here, before anything is allocated for them."""
+    sizes = [options[key] for key in ("coefficient_size", "latent_size") if key in options]
+    for key in ("hidden", "inner"):
+        widths = options.get(key, ())
+        if not isinstance(widths, (list, tuple)) or len(widths) > DEEPEST:
+            raise ConfigError(f"'{key}' of a codec is a list of at most {DEEPEST} widths.")
+        sizes += widths
+    if not all(type(n) is int and 1 <= n <= WIDEST for n in sizes):
+        raise ConfigError(
+            f"The sizes of a codec are whole numbers from 1 to {WIDEST}. Got {sizes}."
+        )
+    dropout = options.get("dropout", 0.0)
+    if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
+        raise ConfigError(f"The dropout of a codec lies in [0, 1). Got {dropout!r}.")
 
 
 __all__ = ["CODECS", "Codec", "Posterior", "build_codec"]

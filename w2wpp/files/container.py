@@ -16,7 +16,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -159,13 +159,32 @@ def write_container(
     version: str = "1",
     config: Mapping[str, Any] | None = None,
     metadata: Mapping[str, str] | None = None,
+    seal: Callable[[Container], Mapping[str, Any]] | None = None,
+    new: bool = False,
 ) -> None:
-    """Write a safetensors file beside the target, then rename it: no reader meets half a file."""
+    """Write a safetensors file beside the target, then rename it: no reader meets half a file.
+
+    `seal` is shown the file once all tensors are in it and returns the final configuration, in
+    which only texts may differ, each as long as before: a fingerprint of what was streamed. With
+    `new` a file of that name makes it raise FileExistsError.
+    """
     header = _build_header(tensors, _texts(format, version, config, metadata))
-    with replacing(path) as f:
-        f.write(struct.pack("<Q", len(header)) + header)
+    with replacing(path, new=new) as f:
+        f.write(header)
         for name in sorted(tensors):
             _write_tensor(f, name, tensors[name])
+        if seal is not None:
+            f.flush()
+            with open_container(f.name, format, versions=(version,)) as written:
+                sealed = _build_header(
+                    written.entries, _texts(format, version, seal(written), metadata)
+                )
+            if len(sealed) != len(header):
+                raise FormatError(
+                    "The sealed configuration differs from the one announced in its length."
+                )
+            f.seek(0)
+            f.write(sealed)
 
 
 def _texts(
@@ -269,7 +288,10 @@ def _config(
     return config
 
 
-def _build_header(tensors: Mapping[str, Tensor | Streamed], metadata: Mapping[str, str]) -> bytes:
+def _build_header(
+    tensors: Mapping[str, Tensor | Streamed | Entry], metadata: Mapping[str, str]
+) -> bytes:
+    """Its length, and the table of metadata and tensors."""
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     offset = 0
     for name in sorted(tensors):
@@ -284,7 +306,8 @@ def _build_header(tensors: Mapping[str, Tensor | Streamed], metadata: Mapping[st
         }
         offset = stop
     body = json.dumps(header, separators=(",", ":")).encode()
-    return body + b" " * (-len(body) % 8)
+    body += b" " * (-len(body) % 8)
+    return struct.pack("<Q", len(body)) + body
 
 
 def _write_tensor(f: BinaryIO, name: str, tensor: Tensor | Streamed) -> None:

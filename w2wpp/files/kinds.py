@@ -24,7 +24,7 @@ _STARTS = (
     (rb"(\.\./)*(\.git/annex/objects/|/annex/objects/)", "a git-annex pointer: it only names the file"),
     (rb"\x80[\x02-\x05]", _PICKLE),
     (rb"[(\]}]?[cd(]\w+[ \n].*\n", _PICKLE),  # protocol 0
-    (rb"PK\x03\x04[^\0]{0,4}\0.{20,24}(archive|[\w .-]+)/(data\.pkl|byteorder|\.format_version)", _TORCH),
+    (rb"PK\x03\x04.{26}[\w .-]+/(data\.pkl|byteorder|\.format_version)", _TORCH),
     (rb"PK\x03\x04", "a zip archive, or " + _TORCH),
     (rb"\x1f\x8b", "a gzip archive: unpack it first"),
     (rb"7z\xbc\xaf|Rar!", "an archive: unpack it first"),

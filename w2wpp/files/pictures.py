@@ -9,18 +9,38 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import FormatError
+from ..errors import ConfigError, FormatError
+from .kinds import SEEN, kind_of_bytes
+from .opened import OpenedFile
+from .writing import replacing
 
 
 def open_picture(path: Path) -> Any:
     """A picture file in RGB, as Pillow holds it."""
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
+    with OpenedFile(path) as opened:
+        head = opened.read(0, SEEN)
     try:
         with Image.open(path) as file:
             return file.convert("RGB")
-    except UnidentifiedImageError as e:
-        raise FormatError(f"{path} is not a picture that Pillow can read.") from e
+    except Exception as e:  # Pillow's readers fail in their own ways on damaged files
+        kind = kind_of_bytes(head)
+        is_what = f" but {kind}" if kind and kind != "a picture" else ""
+        raise FormatError(
+            f"{path} is not a picture that Pillow can read{is_what} ({type(e).__name__}: {e})."
+        ) from e
+
+
+def save_picture(picture: Any, path: Path) -> None:
+    """A picture of Pillow's in the format that the name's ending says, whole or not at all."""
+    from PIL import Image
+
+    kind = Image.registered_extensions().get(path.suffix.lower())
+    if kind not in Image.SAVE:
+        raise ConfigError(f"{path} has an ending that Pillow can't write. Name it .png or .jpg.")
+    with replacing(path) as file:
+        picture.save(file, format=kind)
 
 
 def pixels(picture: Any) -> Tensor:

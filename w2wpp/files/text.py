@@ -14,6 +14,7 @@ from .kinds import SEEN, kind_of_bytes
 from .opened import OpenedFile
 
 MOST_TEXT = 1 << 28  # bytes of a table or a JSON file
+LARGEST = 3.4e38  # of single precision
 DEEPEST = 64  # tables within tables; what is written here has about eight
 
 
@@ -39,7 +40,7 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     return parse_json(_read(path), str(path))
 
 
-def read_table(path: str | os.PathLike[str]) -> list[list[str]]:
+def read_csv(path: str | os.PathLike[str]) -> list[list[str]]:
     """The lines of a CSV file that are not empty."""
     raw = _read(path)
     try:
@@ -54,11 +55,14 @@ def read_table(path: str | os.PathLike[str]) -> list[list[str]]:
 
 
 def finite_number(text: str, where: str) -> float:
-    """A number of a table; raises for text, NaN and infinities."""
+    """A number of a table; raises for text, NaN and what single precision has no number for."""
     try:
-        return _finite(text)
-    except ValueError as e:
-        raise FormatError(f"{where}: expected a finite number. Got {text!r}.") from e
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not abs(value) <= LARGEST:
+        raise FormatError(f"{where}: these are not all finite numbers. Got {text[:40]!r}.")
+    return value
 
 
 def _read(path: str | os.PathLike[str]) -> bytes:

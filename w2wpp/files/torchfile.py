@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import mmap
 import os
 import struct
+import warnings
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,6 +18,8 @@ import torch
 from torch import Tensor
 
 from ..errors import FormatError
+from .kinds import SEEN, kind_of_bytes
+from .opened import OpenedFile
 
 NUMPY = {torch.float32: np.float32, torch.float64: np.float64, torch.float16: np.float16}
 MAPPED_BYTES = 64 * 2**20  # of a file in memory at a time
@@ -25,28 +30,45 @@ ADVICE = {
 
 
 def load_torch(path: str | os.PathLike[str]) -> Any:
-    """What a .pt file holds, tensors and plain containers only, mapped where the file allows it."""
-    path = Path(path)
-    if not path.is_file():
-        raise FormatError(f"{path}: no such file.")
+    """What a .pt file holds, ordinary tensors and plain containers only, mapped where the file allows it."""
+    with OpenedFile(path) as file:
+        return _load(file)
+
+
+def _load(file: OpenedFile) -> Any:
+    path, head = file.path, file.read(0, SEEN)
+    is_zip, is_pickle = head[:2] == b"PK", head[:1] == b"\x80"
+    kind = kind_of_bytes(head)
+    if kind and not (is_zip or is_pickle) and file.size > 1:
+        raise FormatError(f"{path} is not a PyTorch file but {kind}.")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+        if is_zip:
+            _check_archive(file)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            # By its name, which mapping needs; the checks before and after hold it to the file.
+            data = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+        file.check()
+    except FormatError:
+        raise
     except Exception as e:  # a damaged file can fail anywhere in the reader
         # Told by name, so that nothing here imports a module that could run what is in a file.
         refused = type(e).__name__ == "UnpicklingError" and "truncated" not in str(e)
-        if not refused or not _is_pickled(path):
+        if not refused or not (is_zip or is_pickle):
             raise _damaged(path, e) from e
         advice = ADVICE.get(path.name, "Save its tensors alone, as a tensor or a state dict.")
         raise FormatError(
             f"{path} holds pickled Python objects, which could run any code and are not opened. {advice}"
         ) from e
+    _check_tensors(path, data)
+    return data
 
 
 def load_tensor(path: str | os.PathLike[str], *, ndim: int) -> Tensor:
     """A file that is one floating-point tensor of so many dimensions; small ones, read at once."""
     tensor = load_torch(path)
     _require(path, tensor, ndim)
-    tensor = tensor.float().clone()
+    tensor = tensor.detach().float().clone()
     if not bool(torch.isfinite(tensor).all()):
         raise FormatError(f"{path} holds NaN or infinite numbers. Get the file again.")
     return tensor
@@ -59,11 +81,15 @@ class Matrix:
     A file that stays mapped counts as memory of the process, so every part is mapped anew.
     """
 
-    path: Path
+    file: OpenedFile
     shape: tuple[int, int]
     dtype: torch.dtype
     strides: tuple[int, int]  # in numbers
     offset: int  # of the first number, in bytes of the file
+
+    @property
+    def path(self) -> Path:
+        return self.file.path
 
     def rows(self, columns: int) -> Iterator[tuple[slice, Tensor]]:
         """(rows, values [n, columns]) from top to bottom, the first `columns` columns of them."""
@@ -94,40 +120,111 @@ class Matrix:
         shape = (rows.stop - rows.start, columns.stop - columns.start)
         last = sum((n - 1) * stride for n, stride in zip(shape, self.strides))
         size = self.dtype.itemsize
-        flat = np.memmap(
-            self.path, NUMPY[self.dtype], "r", self.offset + first * size, shape=(last + 1,)
-        )
-        steps = tuple(stride * size for stride in self.strides)
-        values = np.array(np.lib.stride_tricks.as_strided(flat, shape, steps))
+        begin = self.offset + first * size
+        if begin + (last + 1) * size > self.file.size:
+            raise FormatError(f"{self.path} is truncated. Get the file again.")
+        steps = (self.strides[0] * size, self.strides[1] * size)
+        with self.file.mapped() as view:
+            values = _copied(view, NUMPY[self.dtype], begin, shape, steps)
         if not np.isfinite(values).all():
             raise FormatError(f"{self.path} holds NaN or infinite numbers. Get the file again.")
         return torch.from_numpy(values)
 
 
+def _copied(
+    view: mmap.mmap, dtype: Any, offset: int, shape: tuple[int, int], steps: tuple[int, int]
+) -> np.ndarray:
+    """An array of its own; what points into the file is gone when this returns."""
+    return np.array(np.ndarray(shape, dtype, buffer=view, offset=offset, strides=steps))
+
+
 def open_matrix(path: str | os.PathLike[str]) -> Matrix:
     """A .pt file that is one matrix of floating-point numbers, checked, not read."""
-    tensor = load_torch(path)
+    file = OpenedFile(path)
+    tensor = _load(file)
     _require(path, tensor, 2)
-    found = _record(Path(path), tensor.untyped_storage().nbytes())
+    found = _record(file, tensor.untyped_storage().nbytes())
     start = found + tensor.storage_offset() * tensor.dtype.itemsize
     rows, columns = tensor.shape
-    matrix = Matrix(Path(path), (rows, columns), tensor.dtype, tensor.stride(), start)
+    matrix = Matrix(file, (rows, columns), tensor.dtype, tensor.stride(), start)
     # The mapped tensor has the same first number, or the place was not found.
-    if rows and columns and not torch.equal(matrix.part(slice(0, 1), slice(0, 1)), tensor[:1, :1]):
+    if not torch.equal(matrix.part(slice(0, 1), slice(0, 1)), tensor[:1, :1].detach()):
         raise FormatError(f"{path} is not laid out as PyTorch writes it. Save the tensor again.")
     return matrix
 
 
-def _is_zip(path: Path) -> bool:
-    """Only PyTorch's newer files, which are zip archives, can be mapped."""
-    with open(path, "rb") as f:
-        return f.read(2) == b"PK"
+class _Stream(io.RawIOBase):
+    """An opened file as Python's own readers want it."""
+
+    def __init__(self, file: OpenedFile) -> None:
+        self._file, self._place = file, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: self._file.size}[whence]
+        self._place = max(0, start + offset)
+        return self._place
+
+    def tell(self) -> int:
+        return self._place
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._file.read(self._place, len(buffer))
+        buffer[: len(data)] = data
+        self._place += len(data)
+        return len(data)
 
 
-def _is_pickled(path: Path) -> bool:
-    """A zip archive, or a pickle of protocol 2 or later."""
-    with open(path, "rb") as f:
-        return f.read(2)[:1] == b"\x80" or _is_zip(path)
+def _records(file: OpenedFile) -> list[zipfile.ZipInfo]:
+    with zipfile.ZipFile(_Stream(file)) as archive:
+        return archive.infolist()
+
+
+def _check_archive(file: OpenedFile) -> None:
+    """PyTorch stores its records as they are: one that unpacks to more than the file is a trap."""
+    records = _records(file)
+    packed = any(r.compress_type != zipfile.ZIP_STORED for r in records)
+    if packed or sum(r.file_size for r in records) > file.size:
+        raise FormatError(
+            f"{file.path} is a compressed archive and not as PyTorch writes it. Save it again with torch.save."
+        )
+
+
+def _check_tensors(path: Path, data: Any) -> None:
+    """Refuse tensors that are not plain numbers in memory, wherever they stand in what was loaded."""
+    rest, seen = [data], set()
+    while rest:
+        value = rest.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, Tensor):
+            _check_plain(path, value)
+        elif isinstance(value, dict):
+            rest += value.values()
+        elif isinstance(value, (list, tuple)):
+            rest += value
+
+
+def _check_plain(path: Path, tensor: Tensor) -> None:
+    what = ""
+    if tensor.layout != torch.strided or tensor.is_nested:
+        what = "a sparse or nested tensor"
+    elif tensor.is_quantized:
+        what = "a quantised tensor"
+    elif tensor.device.type != "cpu":
+        what = f"a tensor without numbers (on '{tensor.device.type}')"
+    elif tensor.numel() * tensor.dtype.itemsize > tensor.untyped_storage().nbytes():
+        what = f"a tensor {list(tensor.shape)} of which the file holds only a part"
+    if what:
+        raise FormatError(
+            f"{path} holds {what}, which is not read. Save an ordinary one: tensor.contiguous(), dense."
+        )
 
 
 def _damaged(path: Path, e: Exception) -> FormatError:
@@ -136,18 +233,19 @@ def _damaged(path: Path, e: Exception) -> FormatError:
     )
 
 
-def _record(path: Path, size: int) -> int:
+def _record(file: OpenedFile, size: int) -> int:
     """Where the only stored tensor of an archive begins, in bytes of the file."""
-    again = f"{path} is not laid out as PyTorch writes one tensor. Save it again with torch.save."
-    if not _is_zip(path):
+    again = (
+        f"{file.path} is not laid out as PyTorch writes one tensor. Save it again with torch.save."
+    )
+    if file.read(0, 2) != b"PK":
         raise FormatError(again)
-    with zipfile.ZipFile(path) as archive, open(path, "rb") as f:
-        parts = [i for i in archive.infolist() if "/data/" in i.filename and i.file_size == size]
-        if len(parts) != 1 or parts[0].compress_type != zipfile.ZIP_STORED:
-            raise FormatError(again)
-        f.seek(parts[0].header_offset + 26)  # lengths of the name and of the extra field
-        name, extra = struct.unpack("<HH", f.read(4))
-        return parts[0].header_offset + 30 + int(name) + int(extra)
+    parts = [r for r in _records(file) if "/data/" in r.filename and r.file_size == size]
+    lengths = file.read(parts[0].header_offset + 26, 4) if len(parts) == 1 else b""
+    if len(lengths) < 4:
+        raise FormatError(again)
+    name, extra = struct.unpack("<HH", lengths)  # of the name and of the extra field
+    return parts[0].header_offset + 30 + int(name) + int(extra)
 
 
 def _require(path: str | os.PathLike[str], tensor: Any, ndim: int) -> None:

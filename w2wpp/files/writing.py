@@ -108,19 +108,17 @@ def is_leftover(name: str) -> bool:
 def _create(target: Path) -> tuple[Path, BinaryIO]:
     """A new temporary file beside the target, with the target's permissions, locked."""
     temporary = target.parent / f".w2wpp-{secrets.token_hex(6)}.part"
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
-    handle = os.open(temporary, flags | getattr(os, "O_CLOEXEC", 0), 0o666)
-    try:
-        if fcntl is not None:
-            with contextlib.suppress(OSError):  # not every network drive can lock
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        with contextlib.suppress(OSError):
-            os.chmod(temporary, stat.S_IMODE(os.stat(target).st_mode))
-    except BaseException:
-        os.close(handle)
-        os.unlink(temporary)
-        raise
-    return temporary, os.fdopen(handle, "wb")
+    file = open(temporary, "wb", opener=_opener)
+    if fcntl is not None:
+        with contextlib.suppress(OSError):  # not every network drive can lock
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with contextlib.suppress(OSError):
+        os.chmod(temporary, stat.S_IMODE(os.stat(target).st_mode))
+    return temporary, file
+
+
+def _opener(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_EXCL, 0o666)
 
 
 def _take_place(temporary: Path, target: Path) -> None:

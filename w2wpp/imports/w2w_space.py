@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,11 +13,12 @@ from torch import Tensor
 from ..basis import Basis
 from ..codecs import build_codec
 from ..errors import DataError, FormatError
-from ..files.container import Streamed, open_container, write_container
+from ..files.container import Container, Streamed, write_container
+from ..files.text import finite_number, read_csv
 from ..files.torchfile import ADVICE
 from ..lora.layout import Layout
 from ..space import compact
-from ..spacefile import FORMAT, copied, file_fingerprint
+from ..spacefile import FORMAT, file_fingerprint
 from ..training.coefficients import Coefficients
 from ..training.directions import Directions, Moments, fit_from_moments, report
 from .w2w import W2WFolder, provenance
@@ -34,22 +33,18 @@ def write_w2w_space(
 ) -> dict[str, Any]:
     """Write the linear space; returns its configuration.
 
-    The fingerprint stands in the header, before the numbers that it is made of: so the file is
-    written beside its place first, fingerprinted, and copied.
+    The fingerprint stands in the header, before the numbers that it is made of, and is put in last.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     facts = provenance(source, name)
     if directions is not None:
         facts["directions"] = dict(report(directions, True))
-    config = {**_architecture(source), "provenance": facts, "fingerprint": ""}
-    with tempfile.TemporaryDirectory(prefix=".import-", dir=path.parent) as folder:
-        draft = Path(folder) / "draft.safetensors"
-        write_container(draft, _tensors(source, directions), format=FORMAT, config=config)
-        file = open_container(draft, FORMAT)
+    config = {**_architecture(source), "provenance": facts, "fingerprint": "0" * 32}
+
+    def seal(file: Container) -> dict[str, Any]:
         config["fingerprint"] = file_fingerprint(file)
-        copies = {n: copied(file, n) for n in file.entries}
-        write_container(path, copies, format=FORMAT, config=config)
+        return config
+
+    write_container(path, _tensors(source, directions), format=FORMAT, config=config, seal=seal)
     return config
 
 
@@ -128,11 +123,7 @@ def read_labels(path: str | os.PathLike[str], rows: int) -> tuple[Tensor, tuple[
     path = Path(path)
     if path.suffix == ".pt":
         raise FormatError(f"{path} is not read as a table. {ADVICE['identity_df.pt']}")
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as f:
-            table = [row for row in csv.reader(f) if row]
-    except (UnicodeDecodeError, csv.Error) as e:
-        raise FormatError(f"{path} is not a CSV table.") from e
+    table = read_csv(path)
     if len(table) < 2 or len(table[0]) < 2:
         raise FormatError(f"{path} needs a header line and a column of names before the labels.")
     if len(table) - 1 != rows:
@@ -141,10 +132,10 @@ def read_labels(path: str | os.PathLike[str], rows: int) -> tuple[Tensor, tuple[
             "people in the same order."
         )
     width = len(table[0])
-    try:
-        values = [[float(v) for v in row[1:]] for row in table[1:]]
-    except ValueError as e:
-        raise FormatError(f"{path}: the labels are not all numbers ({e}).") from e
+    values = [
+        [finite_number(v, f"{path}, line {i}") for v in row[1:]]
+        for i, row in enumerate(table[1:], 2)
+    ]
     if any(len(row) != width - 1 for row in values):
         raise FormatError(f"{path}: not every line has the {width - 1} labels of the header.")
     return torch.tensor(values, dtype=torch.float32), tuple(table[0][1:])

@@ -6,6 +6,7 @@ of P numbers and `unpack` is its inverse; both go through the same frozen list o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import FormatError, LayoutMismatch, ShapeError
+from ..errors import ConfigError, LayoutMismatch, ShapeError, reading
 
+LARGEST = 2**31  # no layer has so many features
 Lora = dict[str, tuple[Tensor, Tensor]]  # {module: (A [r, in], B [out, r])}, or with a leading N
 
 
@@ -37,6 +39,23 @@ class Layout:
     modules: tuple[Module, ...]
     rank: int = 1
     alpha: float = 1.0
+
+    def __post_init__(self) -> None:
+        numbers = [self.rank, *(n for m in self.modules for n in (m.in_features, m.out_features))]
+        whole = all(type(n) is int and 1 <= n < LARGEST for n in numbers)
+        if (
+            not whole
+            or not self.modules
+            or len({m.name for m in self.modules}) != len(self.modules)
+        ):
+            raise ConfigError(
+                f"Layout '{self.name}' must list distinct modules with positive whole sizes and a "
+                "positive whole rank."
+            )
+        if not (math.isfinite(self.alpha) and self.alpha > 0):
+            raise ConfigError(
+                f"Layout '{self.name}' needs a finite, positive alpha. Got {self.alpha!r}."
+            )
 
     @cached_property
     def size(self) -> int:
@@ -91,22 +110,10 @@ class Layout:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Layout:
-        try:
-            modules = tuple(Module(str(n), int(i), int(o)) for n, i, o in data["modules"])
+        with reading("A layout with name, base_model, rank, alpha and modules as [name, in, out]"):
+            modules = tuple(Module(str(n), i, o) for n, i, o in data["modules"])
             name, base_model = str(data["name"]), str(data["base_model"])
-            rank, alpha = int(data["rank"]), float(data["alpha"])
-        except (KeyError, TypeError, ValueError) as e:
-            raise FormatError(
-                "A layout needs name, base_model, rank, alpha and modules as [name, in, out]; "
-                f"this one does not read: {e!r}."
-            ) from e
-        sizes = [rank, *(n for m in modules for n in (m.in_features, m.out_features))]
-        if not modules or min(sizes) < 1 or len({m.name for m in modules}) != len(modules):
-            raise FormatError(
-                f"Layout '{name}' must list distinct modules with positive sizes and a positive "
-                "rank."
-            )
-        return cls(name, base_model, modules, rank, alpha)
+            return cls(name, base_model, modules, data["rank"], float(data["alpha"]))
 
     def _check(self, lora: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         names = {m.name for m in self.modules}

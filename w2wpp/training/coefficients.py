@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..basis import AnyBasis, Basis
-from ..errors import ConfigError, FormatError, ShapeError
+from ..errors import ShapeError, reading
 from ..files.container import open_container, write_container
 from ..lora.layout import Layout
 from .dataset import VectorDataset, check_holdout
@@ -120,11 +120,10 @@ def save_coefficients(
 
 def load_coefficients(path: str | os.PathLike[str]) -> tuple[Coefficients, Basis]:
     file = open_container(path, FORMAT)
-    try:
-        layout, rank = Layout.from_json(file.config["layout"]), int(file.config["basis"]["rank"])
+    with reading(f"{path}: the configuration of this basis"):
+        layout, rank = Layout.from_json(file.config["layout"]), file.config["basis"]["rank"]
         basis = Basis.from_container(file, layout.size, rank)
-    except (KeyError, TypeError, ConfigError) as e:
-        raise FormatError(f"{path}: the configuration of this basis does not read: {e!r}.") from e
+        provenance = dict(file.config.get("provenance", {}))
     n = file.require("coefficients", (None, rank), torch.float32).shape[0]
     file.require("outside", (n,), torch.float32)
     file.require("identity", (n,), torch.int64)
@@ -135,6 +134,6 @@ def load_coefficients(path: str | os.PathLike[str]) -> tuple[Coefficients, Basis
         file.read("outside"),
         file.read("identity"),
         file.read("heldout"),
-        file.config.get("provenance", {}),
+        provenance,
     )
     return coefficients, basis

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import DataError, FormatError
+from ..errors import ConfigError, DataError, reading
 from ..files.container import Container, Streamed, open_container, write_container
 from ..lora.layout import Layout
 
@@ -86,13 +86,10 @@ class VectorDataset:
 def load_dataset(path: str | os.PathLike[str]) -> VectorDataset:
     """Open a data set; the vectors stay in the file."""
     file = open_container(path, FORMAT)
-    try:
+    with reading(f"{path}: the configuration of this data set"):
         layout = Layout.from_json(file.config["layout"])
         names = tuple(str(n) for n in file.config.get("label_names", ()))
-    except (KeyError, TypeError) as e:
-        raise FormatError(
-            f"{path}: the configuration of this data set does not read: {e!r}."
-        ) from e
+        provenance = dict(file.config.get("provenance", {}))
     n = file.require("vectors", (None, layout.size), torch.float32).shape[0]
     file.require("identity", (n,), torch.int64)
     file.require("heldout", (n,), torch.bool)
@@ -107,7 +104,7 @@ def load_dataset(path: str | os.PathLike[str]) -> VectorDataset:
         file.read("heldout"),
         labels,
         names,
-        file.config.get("provenance", {}),
+        provenance,
     )
 
 
@@ -149,6 +146,8 @@ def write_dataset(
 def holdout_by_identity(identity: Tensor, fraction: float, *, generator: torch.Generator) -> Tensor:
     """[N] bool: all rows of a random share of the persons. Never rows of one person on both sides."""
     people = identity.unique()
+    if not 0 <= fraction < 1:
+        raise ConfigError(f"The share of persons to hold out lies in [0, 1). Got {fraction}.")
     count = round(fraction * len(people))
     if not 0 <= count < len(people):
         raise DataError(

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..basis import AnyBasis, Basis
 from ..codecs import Codec, Posterior, build_codec
-from ..errors import DataError, ShapeError
+from ..errors import DataError, FormatError, ShapeError, reading
 from ..space import Space
 from .checkpoint import load_checkpoint, save_checkpoint
 from .coefficients import Coefficients, components_among, project_dataset
@@ -159,11 +159,15 @@ class _Checkpoint:
 
     @property
     def search(self) -> dict[str, Any]:
-        return self.numbers.get("search", {})
+        found = self.numbers.get("search", {})
+        if found and not (isinstance(found, dict) and type(found.get("best_epoch")) is int):
+            raise FormatError(f"{self.path}: this checkpoint does not read. Delete it.")
+        return found
 
     def restore(self, run: Run) -> None:
         if self.numbers.get("stage") == run.stage:
-            run.load(self.tensors, self.numbers)
+            with reading(f"{self.path}: this checkpoint"):
+                run.load(self.tensors, self.numbers)
 
     def keep(self, run: Run, found: Mapping[str, Any]) -> None:
         if self.path is not None:

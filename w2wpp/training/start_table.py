@@ -12,7 +12,6 @@ by how strongly latents show; without them, `--scale` can lengthen answers by ha
 from __future__ import annotations
 
 import argparse
-import csv
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -25,6 +24,7 @@ from torch import Tensor
 
 from ..errors import ConfigError, DataError, FormatError
 from ..files.pictures import open_picture, pixels
+from ..files.text import finite_number, read_csv
 from ..identity import load_identity, require_same_space
 from ..metrics import pooled_r2
 from ..space import Space
@@ -154,15 +154,10 @@ def read_table(path: Path, dataset: VectorDataset) -> PictureTable:
             )
         if not person and not labels:
             raise DataError(f"{where}: a picture without a person needs labels.")
-        try:
-            values.append([float(v) for v in labels])
-        except ValueError as e:
-            raise FormatError(f"{where}: the labels are not all numbers.") from e
+        values.append([finite_number(v, where) for v in labels])
         pictures.append(picture)
         rows.append(number[person] if person else -1)
     found = torch.tensor(values)
-    if not bool(torch.isfinite(found).all()):
-        raise DataError(f"{path}: the labels hold NaN or infinite numbers.")
     return PictureTable(tuple(pictures), torch.tensor(rows), found if found.shape[1] else None)
 
 
@@ -182,8 +177,7 @@ def read_painted(path: Path, space: Space) -> Paintings:
 
 def _lines(path: Path, columns: list[str]) -> Iterator[tuple[str, Path, list[str]]]:
     """(where, picture, other fields) of each line of a table whose header starts with these columns."""
-    with path.open(newline="", encoding="utf-8-sig") as f:
-        lines = [line for line in csv.reader(f) if line]
+    lines = read_csv(path)
     if len(lines) < 2 or lines[0][: len(columns)] != columns:
         got = ",".join(lines[0][: len(columns) + 1]) if lines else "an empty file"
         raise FormatError(

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ...errors import reading
 from ...training import checkpoint as files
 
 State = Mapping[str, nn.Module | torch.optim.Optimizer | torch.Generator]
@@ -30,13 +31,12 @@ def load_run(path: Path | None, state: State, *, config: Mapping[str, object]) -
     if path is None or not path.exists():
         return 0
     tensors, numbers = files.load_checkpoint(path, _run(config))
-    for name, part in state.items():
-        prefix = f"{name}/"
-        _restore(
-            part,
-            {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)},
-        )
-    return int(numbers["step"])
+    with reading(f"{path}: this checkpoint"):
+        for name, part in state.items():
+            start = f"{name}/"
+            mine = {k.removeprefix(start): t for k, t in tensors.items() if k.startswith(start)}
+            _restore(part, mine)
+        return int(numbers["step"])
 
 
 def _run(config: Mapping[str, object]) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...files.pictures import save_picture
 from ...identity import interpolate, load_identity, save_identity
 from ...lora.files import save_lora
 from ...metrics import consistency, likeness_between
@@ -69,7 +70,7 @@ def make_demo(
     again = _paint(studio, space.layout, inverted.vectors(space), scenes, seed)
     steps = _paint(studio, space.layout, walk.vectors(space), scenes[:2], seed)
     for i, picture in enumerate(portraits[:: len(SCENES)]):
-        to_pil(picture).resize((256, 256)).save(folder / f"person-{i}.png")
+        save_picture(to_pil(picture).resize((256, 256)), folder / f"person-{i}.png")
     sheet = [
         Strip(
             f"{PEOPLE} people who do not exist, each in {len(SCENES)} scenes",

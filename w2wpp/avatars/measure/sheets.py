@@ -9,6 +9,8 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from ...files.pictures import save_picture
+
 SCALE, GAP, TEXT = 3, 4, 16  # enlargement, pixels between pictures, height of a line of text
 
 
@@ -52,5 +54,4 @@ def save_sheet(strips: list[Strip], path: Path, *, scale: int = SCALE) -> None:
         draw.text((GAP, top), title, fill="black")
         sheet.paste(image, (GAP, top + TEXT))
         top += image.height + TEXT + 3 * GAP
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
+    save_picture(sheet, path)
