@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,19 +11,25 @@ from torch import Tensor
 
 from .errors import ConfigError, FormatError, ShapeError
 from .files.container import Container
+from .lora.layout import Layout
+from .weight_metric import BoundMetric, Metric, Plain, metric_from
 
 # Half precision is for files: turning it to single costs more than reading it does. Components are kept in single
 # precision up to this size, and turned block by block (small enough for a processor's cache) above it.
 KEPT_BYTES = 512 * 2**20
 BLOCK_BYTES = 2 * 2**20
+FRAME_BATCH = 256  # rows that a pass over the components is worth when their frame is made
+WEIGHTED = "weighted-pca"  # kind of a basis under another metric, which older releases must refuse
 
 
 class Basis:
-    """Principal components of standardised vectors: c = ((w - mean) / std) @ components^T /
+    """Principal components of standardised vectors: c = ((w - mean) / std) @ (G components^T) /
     singular_values.
 
-    mean, std: P; components: K x P, orthonormal rows in half precision; singular_values: K, the
-    standard deviation of each coefficient over the training set (Dravid et al. 2024, w2w). A std
+    mean, std: P; components: K x P in half precision, orthonormal rows under the metric G;
+    singular_values: K, the standard deviation of each coefficient over the training set. For w2w
+    (Dravid et al. 2024) G is the identity. Under another metric the coefficients are the least
+    squares fit of a vector by the components. A std
     may be negative, as in the published w2w files: its sign is part of the coordinates there and
     cancels on the way back. Where it is (nearly) zero the parameter never varied: it projects to
     nothing and lifts to its mean.
@@ -40,11 +46,15 @@ class Basis:
         components: Tensor | None = None,
         singular_values: Tensor | None = None,
         *,
+        metric: Metric | None = None,
         reader: Callable[[str], Tensor] | None = None,
         size: int = 0,
         n_components: int = 0,
     ) -> None:
         self._tensors: dict[str, Tensor] = {}
+        self.metric: Metric = metric or Plain()
+        self._bound: BoundMetric | None = None
+        self._device: torch.device | None = None
         self._reader = reader
         self.size, self.n_components = size, n_components  # P, K
         if reader is not None:
@@ -78,8 +88,9 @@ class Basis:
         }
 
     @classmethod
-    def from_container(cls, file: Container, size: int, n_components: int) -> Basis:
-        """The basis.* tensors of a file, checked now and read later."""
+    def from_container(cls, file: Container, layout: Layout, config: Mapping[str, Any]) -> Basis:
+        """The basis.* tensors of a file, checked now and read later; `config` as `config()` gave it."""
+        size, n_components = layout.size, config["rank"]  # "rank" in files
         if type(n_components) is not int or n_components < 1:
             raise ConfigError(f"a basis has one component at least. Got {n_components!r}.")
         floats = (torch.float16, torch.float32)
@@ -92,7 +103,12 @@ class Basis:
             tensor = file.read(f"basis.{name}")
             return tensor if name == "components" else tensor.float()
 
-        return cls(reader=read, size=size, n_components=n_components)
+        return cls(
+            reader=read,
+            size=size,
+            n_components=n_components,
+            metric=_metric(file, layout, config),
+        )
 
     rank = property(lambda self: self.n_components, doc="K, by its older name")
     mean = property(lambda self: self._get("mean"), doc="[P]")
@@ -105,9 +121,29 @@ class Basis:
     def project(self, w: Tensor) -> Tensor:
         """w [B, P] -> whitened coefficients [B, K]."""
         check_batch(w, self.size, "vectors", "P")
-        x = self.standardise(w.float() - self.mean)
+        x = self._dual(self.standardise(w.float() - self.mean))
         parts = [x @ rows.T for rows in self.blocks(len(w))]
         return torch.cat(parts, dim=1) / self.singular_values
+
+    def energy(self, difference: Tensor) -> Tensor:
+        """Squared length [B] of differences of vectors [B, P] under the basis's metric, double precision."""
+        return self._bind().energy(self.standardise(difference))
+
+    def span(self, x: Tensor) -> Tensor:
+        """Standardised differences x [B, P] -> coordinates [B, K] of what of them lies in the span of the
+        components, in an orthonormal frame: |x|^2 - |span(x)|^2 is the squared distance to it."""
+        return self.in_frame(torch.cat([x @ rows.T for rows in self.blocks(len(x))], dim=1))
+
+    def in_frame(self, products: Tensor) -> Tensor:
+        """Inner products with the components [B, K] -> coordinates in an orthonormal frame of their span."""
+        if isinstance(self.metric, Plain):
+            return products
+        if "frame" not in self._tensors:
+            with torch.inference_mode(False):
+                self._tensors["frame"] = _frame(self.blocks(FRAME_BATCH), self.components)
+        frame = self._tensors["frame"]
+        solved = torch.linalg.solve_triangular(frame, products.T.to(frame), upper=False)
+        return solved.T.to(products)
 
     def lift(self, c: Tensor) -> Tensor:
         """Whitened coefficients c [B, K] -> w [B, P]."""
@@ -129,21 +165,48 @@ class Basis:
             raise ConfigError(
                 f"A basis of {self.n_components} components can't be truncated to {count}."
             )
-        return Basis(self.mean, self.std, self.components[:count], self.singular_values[:count])
+        return Basis(
+            self.mean,
+            self.std,
+            self.components[:count],
+            self.singular_values[:count],
+            metric=self.metric,
+        )
 
     def to(self, device: torch.device | str) -> Basis:
-        return Basis(
+        moved = Basis(
             reader=lambda name: self._get(name).to(device),
             size=self.size,
             n_components=self.n_components,
+            metric=self.metric,
         )
+        moved._device = torch.device(device)
+        return moved
 
     def tensors(self) -> dict[str, Tensor]:
         """What a file stores."""
-        return {name: self._get(name) for name in ("mean", "std", "components", "singular_values")}
+        own = {name: self._get(name) for name in ("mean", "std", "components", "singular_values")}
+        return {**own, **{f"metric.{name}": t for name, t in self.metric.tensors().items()}}
 
     def config(self) -> dict[str, Any]:
-        return {"kind": self.kind, "size": self.size, "rank": self.n_components}  # "rank" in files
+        config = {
+            "kind": self.kind,
+            "size": self.size,
+            "rank": self.n_components,
+        }  # "rank" in files
+        if isinstance(self.metric, Plain):
+            return config
+        return {**config, "kind": WEIGHTED, "metric": self.metric.config()}
+
+    @torch.inference_mode(False)
+    def _bind(self) -> BoundMetric:
+        if self._bound is None:
+            bound = self.metric.at(self.mean.cpu(), self.std.cpu())
+            self._bound = bound.to(self._device or self.mean.device)
+        return self._bound
+
+    def _dual(self, x: Tensor) -> Tensor:
+        return x if isinstance(self.metric, Plain) else self._bind().gram(x)
 
     # Outside of inference mode, so that what is cached here can take part in gradients later.
     @torch.inference_mode(False)
@@ -225,6 +288,22 @@ class AffineBasis:
 
 
 AnyBasis = Basis | AffineBasis
+
+
+def _metric(file: Container, layout: Layout, config: Mapping[str, Any]) -> Metric | None:
+    if "metric" not in config:
+        return None
+    prefix = "basis.metric."
+    tensors = {n.removeprefix(prefix): file.read(n) for n in file.entries if n.startswith(prefix)}
+    return metric_from(config["metric"], layout, tensors)
+
+
+def _frame(blocks: Iterator[Tensor], components: Tensor) -> Tensor:
+    """L [K, K] with L L^T = D D^T for components D [K, P], so that L^-1 D is orthonormal."""
+    parts = [(rows @ components.float().T).double() for rows in blocks]
+    gram = torch.cat(parts)
+    gram = (gram + gram.T) / 2
+    return torch.linalg.cholesky(gram + 1e-7 * torch.diag(gram.diagonal()))
 
 
 def without_tiny(std: Tensor) -> Tensor:

@@ -62,3 +62,7 @@ def reading(what: str) -> Iterator[None]:
         MemoryError,
     ) as e:
         raise FormatError(f"{what} does not read ({type(e).__name__}: {e}).") from e
+
+
+class ResourceError(W2WError):
+    """Memory or disk do not suffice; the text says what to change."""

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .basis import AffineBasis, Basis
+from .basis import WEIGHTED, AffineBasis, Basis
 from .codecs import Codec, build_codec
 from .delta_basis import DeltaBasis
 from .errors import ConfigError, FormatError, SpaceMismatch, reading
@@ -152,9 +152,9 @@ def _basis(file: Container, config: Mapping[str, Any], layout: Layout) -> SpaceB
         return AffineBasis(config["size"], shift=config["shift"], scale=config["scale"])
     if config["kind"] == DeltaBasis.kind:
         return DeltaBasis.from_container(file, layout, config)
-    if config["kind"] != Basis.kind:
+    if config["kind"] not in (Basis.kind, WEIGHTED):
         raise ConfigError(f"unknown basis {config['kind']!r}.")
-    return Basis.from_container(file, layout.size, config["rank"])
+    return Basis.from_container(file, layout, config)
 
 
 def _codec(file: Container, config: Mapping[str, Any]) -> Codec:

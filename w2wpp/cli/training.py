@@ -23,23 +23,27 @@ from ..imports.w2w_space import w2w_basis, w2w_coefficients
 from ..lora.files import load_lora
 from ..lora.layout import SD15, Layout
 from ..spacefile import load_space, save_directions, save_space
-from ..training import start_table
+from ..training import compute, start_table
+from ..training.checkpoint import forget
 from ..training.coefficients import (
     Coefficients,
     load_coefficients,
     project_dataset,
     save_coefficients,
 )
+from ..training.compute import Compute
 from ..training.config import VaeTraining, seed_training
 from ..training.dataset import holdout_by_identity, load_dataset, write_dataset
 from ..training.directions import report as directions_report
 from ..training.directions import space_directions
-from ..training.fit_basis import STANDARDISE, fit_basis
+from ..training.fit_basis import ITERATIONS, STANDARDISE, TOLERANCE, fit_coefficients
 from ..training.fit_flow import with_flow
 from ..training.fit_vae import fit_vae, linear_space
+from ..training.ranks import current_ranks
 from ..training.report import without_curves
 from ..training.run import Progress
 from ..training.schedules import SCHEDULES
+from ..weight_metric import METRICS
 
 LAYOUTS = {"sd15": SD15}
 HELP = {  # options of `train` that set a field of VaeTraining of the same name
@@ -84,7 +88,23 @@ def register(verbs: Any) -> None:
     p = verbs.add_parser("fit-basis", help="principal components of a data set, streamed")
     p.add_argument("data", metavar="DATA")
     p.add_argument("--components", type=int, required=True)
-    p.add_argument("--standardise", choices=STANDARDISE, default="parameter")
+    p.add_argument(
+        "--metric",
+        choices=METRICS,
+        help="what counts: parameter (each number by its deviation, as in w2w), raw numbers, or the "
+        "update of the model's matrices (the default)",
+    )
+    p.add_argument("--standardise", choices=STANDARDISE, help=argparse.SUPPRESS)  # older name
+    p.add_argument(
+        "--tolerance",
+        type=float,
+        default=TOLERANCE,
+        help="share of the captured variance that an iteration may lose on large sets "
+        f"(default {TOLERANCE})",
+    )
+    p.add_argument("--iterations", type=int, default=ITERATIONS, help="at most, on large sets")
+    p.add_argument("--checkpoint", metavar="FILE", help="saved there; taken up again if it exists")
+    compute.add_options(p)
     p.add_argument("-o", "--output", required=True, metavar="BASIS")
     p.set_defaults(run=basis)
 
@@ -195,12 +215,40 @@ def _vectors(paths: Sequence[Path], layout: Layout, gauge: str) -> Iterator[Tens
 
 def basis(args: argparse.Namespace) -> dict[str, Any]:
     data = load_dataset(args.data)
-    fitted = fit_basis(data, args.components, standardise=args.standardise)
-    coefficients = project_dataset(data, fitted)
-    save_coefficients(args.output, coefficients, fitted)
-    r2 = linear_space(coefficients, fitted).training_report["weight_r2"]
-    sizes = {"rows": len(data), "parameters": fitted.size, "components": fitted.n_components}
-    return {"basis": args.output, **sizes, "weight_r2": r2}
+    ranks = current_ranks()
+    fitted = fit_coefficients(
+        data,
+        args.components,
+        metric=args.metric,
+        standardise=args.standardise,
+        tolerance=args.tolerance,
+        max_iterations=args.iterations,
+        compute=Compute.pick(args.device, args.precision),
+        ranks=ranks,
+        checkpoint=args.checkpoint,
+        callback=_say if ranks.is_writer else lambda line: None,
+    )
+    if not ranks.is_writer:
+        return {}
+    save_coefficients(args.output, fitted.coefficients, fitted.basis, fitted.report)
+    if args.checkpoint:
+        forget(args.checkpoint)
+    if not fitted.report.get("converged", True):
+        _say(
+            f"the iteration was cut short: about {fitted.report['variance_lost']:.1e} of the captured variance is "
+            "missing. Raise --iterations or --tolerance."
+        )
+    r2 = linear_space(fitted.coefficients, fitted.basis).training_report["weight_r2"]
+    sizes = {
+        "rows": len(data),
+        "parameters": fitted.basis.size,
+        "components": fitted.basis.n_components,
+    }
+    return {"basis": args.output, **sizes, "weight_r2": r2, "fit": fitted.report}
+
+
+def _say(line: str) -> None:
+    print(f"w2wpp: {line}", file=sys.stderr)
 
 
 def train(args: argparse.Namespace) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -115,6 +115,26 @@ class Container:
         row = (entry.stop - entry.start) // max(entry.shape[0], 1)
         shape = (max(0, min(stop, entry.shape[0]) - start), *entry.shape[1:])
         return self._read(name, entry.start + start * row, shape, finite)
+
+    @torch.inference_mode(False)
+    def read_columns(self, name: str, rows: Sequence[int], start: int, stop: int) -> Tensor:
+        """Columns start to stop of some rows of a matrix, [len(rows), stop - start]."""
+        entry = self.entries[name]
+        if len(entry.shape) != 2 or not 0 <= start <= stop <= entry.shape[1]:
+            raise FormatError(
+                f"{self.path}: '{name}' {list(entry.shape)} has no columns {start} to {stop}."
+            )
+        tensor = torch.empty(len(rows), stop - start, dtype=entry.dtype)
+        width, row = entry.dtype.itemsize, entry.shape[1] * entry.dtype.itemsize
+        target = memoryview(_bytes(tensor).numpy().data)
+        length = (stop - start) * width
+        for i, number in enumerate(rows):
+            if length:
+                where = entry.start + number * row + start * width
+                self.file.read_into(where, target[i * length : (i + 1) * length])
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise FormatError(f"{self.path}: the tensor '{name}' holds NaN or infinite numbers.")
+        return tensor
 
     # A host may read inside its inference mode; weights made there could never take part in a
     # gradient later.

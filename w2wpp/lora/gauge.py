@@ -124,7 +124,7 @@ def towards(lora: Mapping[str, tuple[Tensor, Tensor]], layout: Layout, target: T
 def span_distance(w: Tensor, basis: Basis) -> float:
     """Squared standardised distance of w [P] to the span of a basis."""
     x = basis.standardise(w[None].float() - basis.mean)
-    c = basis.project(w[None]) * basis.singular_values
+    c = basis.span(x)
     return max(0.0, float(x.double().square().sum() - c.double().square().sum()))
 
 
@@ -173,7 +173,8 @@ def _distance_to_span(problem: _Problem, basis: Basis) -> Distance:
     for rows in basis.blocks(BATCH):
         inside.append((rows @ x).double().cpu())
         along_rows.append(torch.cat([rows[:, s] @ d.T for s, d in parts], 1).double().cpu())
-    c, t = torch.cat(inside), torch.cat(along_rows)
+    c = basis.in_frame(torch.cat(inside)[None])[0]
+    t = basis.in_frame(torch.cat(along_rows).T).T
     x, parts = x.double().cpu(), [(s, d.double().cpu()) for s, d in parts]
     own = torch.block_diag(*(d @ d.T for _, d in parts))
     linear = t.T @ c - torch.cat([d @ x[s] for s, d in parts])

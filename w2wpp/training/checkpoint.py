@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import glob
 import os
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -12,6 +15,7 @@ from ..errors import ConfigError, FormatError
 from ..files.container import open_container, write_container
 
 FORMAT = "w2wpp.checkpoint"
+EVERY = 30.0  # seconds between two saves of a long computation
 
 
 def save_checkpoint(
@@ -37,3 +41,29 @@ def load_checkpoint(
         if not isinstance(numbers, dict):
             raise FormatError(f"{path}: this checkpoint lacks its numbers. Delete it.")
         return {name: file.read(name) for name in file.entries}, numbers
+
+
+State = tuple[Mapping[str, Tensor], Mapping[str, Any]]
+
+
+class Saved:
+    """The file of a long computation, if there is to be one: what it held, and what it is to hold."""
+
+    def __init__(self, path: str | os.PathLike[str] | None, run: str) -> None:
+        self.path, self.run = None if path is None else Path(path), run
+        exists = self.path is not None and self.path.exists()
+        self.tensors, self.numbers = load_checkpoint(self.path, run) if exists else ({}, {})  # type: ignore[arg-type]
+        self._last = time.monotonic()
+
+    def keep(self, state: Callable[[], State]) -> None:
+        """Save what `state` gives, unless the last save was moments ago."""
+        if self.path is not None and time.monotonic() - self._last >= EVERY:
+            save_checkpoint(self.path, self.run, *state())
+            self._last = time.monotonic()
+
+
+def forget(path: str | os.PathLike[str]) -> None:
+    """Delete the checkpoints of a computation whose result is safe, those of other ranks too."""
+    path = Path(path)
+    for found in (path, *path.parent.glob(f"{glob.escape(path.name)}.rank*")):
+        found.unlink(missing_ok=True)

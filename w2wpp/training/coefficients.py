@@ -20,7 +20,9 @@ from ..basis import AnyBasis, Basis
 from ..errors import ShapeError, reading
 from ..files.container import open_container, write_container
 from ..lora.layout import Layout
-from .dataset import VectorDataset, check_holdout
+from .compute import Compute
+from .dataset import VectorDataset, ahead, check_holdout
+from .ranks import Ranks
 
 FORMAT = "w2wpp.basis"
 
@@ -48,17 +50,35 @@ class Coefficients:
         return replace(self, values=self.values[:, :rank], outside=self.outside + rest)
 
 
-def project_dataset(dataset: VectorDataset, basis: AnyBasis) -> Coefficients:
-    """Coefficients of every row, read in chunks."""
-    values = torch.empty(len(dataset), basis.n_components)
-    outside = torch.empty(len(dataset))
-    for rows, w in dataset.chunks():
-        c = basis.project(w)
-        values[rows] = c
-        outside[rows] = basis.standardise(w - basis.lift(c)).square().sum(1)
-    provenance = dict(dataset.provenance)
+def project_dataset(
+    dataset: VectorDataset,
+    basis: AnyBasis,
+    *,
+    compute: Compute | None = None,
+    ranks: Ranks | None = None,
+) -> Coefficients:
+    """Coefficients of every row, read in chunks, which ranks share."""
+    compute, ranks = compute or Compute(), ranks or Ranks()
+    values = torch.zeros(len(dataset), basis.n_components)
+    outside = torch.zeros(len(dataset))
+    moved = basis.to(compute.device)
+    scales = moved.singular_values.double()
+    for rows, w in ahead(dataset.chunks(ranks.mine(torch.arange(len(dataset))))):
+        w = compute.put(w)
+        with compute.products():
+            c = moved.project(w).float()
+        inside = (c.double() * scales).square().sum(1)
+        values[rows] = c.cpu()
+        if isinstance(moved, Basis):  # an affine one leaves nothing outside
+            energy = moved.energy(w - moved.mean)
+            outside[rows] = (energy - inside).clamp_min(0).float().cpu()
     return Coefficients(
-        dataset.layout, values, outside, dataset.identity, dataset.heldout, provenance
+        dataset.layout,
+        ranks.sum(values),
+        ranks.sum(outside),
+        dataset.identity,
+        dataset.heldout,
+        dict(dataset.provenance),
     )
 
 
@@ -100,9 +120,15 @@ def weight_r2(
 
 
 def save_coefficients(
-    path: str | os.PathLike[str], coefficients: Coefficients, basis: Basis
+    path: str | os.PathLike[str],
+    coefficients: Coefficients,
+    basis: Basis,
+    report: Mapping[str, Any] | None = None,
 ) -> None:
-    """A basis with the coefficients of the data set it was made from: what `w2wpp train` reads."""
+    """A basis with the coefficients of the data set it was made from: what `w2wpp train` reads.
+
+    `report` says how it was found.
+    """
     tensors = {
         **{f"basis.{name}": t for name, t in basis.tensors().items()},
         "coefficients": coefficients.values,
@@ -114,6 +140,7 @@ def save_coefficients(
         "layout": coefficients.layout.to_json(),
         "basis": basis.config(),
         "provenance": dict(coefficients.provenance),
+        "fit": dict(report or {}),
     }
     write_container(path, tensors, format=FORMAT, config=config)
 
@@ -121,10 +148,10 @@ def save_coefficients(
 def load_coefficients(path: str | os.PathLike[str]) -> tuple[Coefficients, Basis]:
     file = open_container(path, FORMAT)
     with reading(f"{path}: the configuration of this basis"):
-        layout, rank = Layout.from_json(file.config["layout"]), file.config["basis"]["rank"]
-        basis = Basis.from_container(file, layout.size, rank)
+        layout = Layout.from_json(file.config["layout"])
+        basis = Basis.from_container(file, layout, file.config["basis"])
         provenance = dict(file.config.get("provenance", {}))
-    n = file.require("coefficients", (None, rank), torch.float32).shape[0]
+    n = file.require("coefficients", (None, basis.n_components), torch.float32).shape[0]
     file.require("outside", (n,), torch.float32)
     file.require("identity", (n,), torch.int64)
     file.require("heldout", (n,), torch.bool)

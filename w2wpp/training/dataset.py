@@ -1,7 +1,7 @@
 """Data sets of LoRA vectors: one safetensors file, read in chunks of rows.
 
 metadata   format "w2wpp.dataset", format_version "1", config (JSON: layout, label_names,
-provenance) vectors    [N, P] single precision identity   [N] int64, the person a row belongs to;
+provenance) vectors    [N, P] single or half precision identity   [N] int64, the person a row belongs to;
 several rows may share one heldout    [N] bool, rows kept out of every fit labels     [N, A] single
 precision, optional
 """
@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from ..lora.layout import Layout
 
 FORMAT = "w2wpp.dataset"
 CHUNK_BYTES = 128 << 20  # of single-precision vectors held at a time
+PRECISIONS = {"single": torch.float32, "half": torch.float16}  # of vectors in files
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,6 +77,12 @@ class VectorDataset:
             out[i : i + stop - start] = self.source.read_rows("vectors", start, stop)
         return out
 
+    def columns(self, rows: Tensor, start: int, stop: int) -> Tensor:
+        """Columns start to stop of some rows, w [n, stop - start]."""
+        if isinstance(self.source, Tensor):
+            return self.source[rows, start:stop].float()
+        return self.source.read_columns("vectors", rows.tolist(), start, stop).float()
+
     def chunks(self, rows: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """(row numbers [n], w [n, P]) a bounded number of bytes at a time."""
         wanted = torch.arange(len(self)) if rows is None else rows
@@ -90,7 +98,7 @@ def load_dataset(path: str | os.PathLike[str]) -> VectorDataset:
         layout = Layout.from_json(file.config["layout"])
         names = tuple(str(n) for n in file.config.get("label_names", ()))
         provenance = dict(file.config.get("provenance", {}))
-    n = file.require("vectors", (None, layout.size), torch.float32).shape[0]
+    n = file.require("vectors", (None, layout.size), *PRECISIONS.values()).shape[0]
     file.require("identity", (n,), torch.int64)
     file.require("heldout", (n,), torch.bool)
     labels = None
@@ -118,6 +126,7 @@ def write_dataset(
     labels: Tensor | None = None,
     label_names: Sequence[str] = (),
     provenance: Mapping[str, Any] | None = None,
+    precision: str = "single",
 ) -> VectorDataset:
     """Write vectors [N, P], or chunks [n, P] of them that add up to N, and open the result."""
     n = len(identity)
@@ -128,7 +137,7 @@ def write_dataset(
     chunks = (vectors,) if isinstance(vectors, Tensor) else vectors
     checked = (_checked(chunk, layout.size) for chunk in chunks)
     tensors: dict[str, Tensor | Streamed] = {
-        "vectors": Streamed(torch.float32, (n, layout.size), checked),
+        "vectors": Streamed(PRECISIONS[precision], (n, layout.size), checked),
         "identity": identity.long(),
         "heldout": heldout,
     }
@@ -183,3 +192,17 @@ def _runs(rows: Tensor) -> Iterator[tuple[int, tuple[int, int]]]:
         if i == len(numbers) or numbers[i] != numbers[i - 1] + 1:
             yield first, (numbers[first], numbers[i - 1] + 1)
             first = i
+
+
+T = TypeVar("T")
+
+
+def ahead(items: Iterable[T]) -> Iterator[T]:
+    """The same items, each made by a thread while the one before is worked on."""
+    iterator = iter(items)
+    end = object()
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(next, iterator, end)
+        while (item := coming.result()) is not end:
+            coming = pool.submit(next, iterator, end)
+            yield item  # type: ignore[misc]

@@ -38,7 +38,7 @@ def train_spaces(
     Fewer people than components leave out the spaces that are too large for them.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    basis = fit_basis(dataset, components_of(dataset))
+    basis = fit_basis(dataset, components_of(dataset), metric="parameter")
     coefficients = project_dataset(dataset, basis)
     # One range for all parameters, as in the seed: its weights stay below 0.1, and it reads w * 10.
     largest = max(float(w.abs().max()) for _, w in dataset.chunks(dataset.training_rows))

@@ -30,7 +30,7 @@ def judge_world(
     own = studio.photograph(vectors, layout)
     none = studio.photograph_nobody(obedience_pictures)
 
-    basis = fit_basis(dataset, components)
+    basis = fit_basis(dataset, components, metric="parameter")
     reconstruction = basis.lift(basis.project(vectors))
     rebuilt = studio.photograph(reconstruction, layout)
     generator = torch.Generator().manual_seed(11)
