@@ -41,7 +41,7 @@ class Round:
 # The first round learns what a face is, the others its details.
 ROUNDS = (
     Round(steps=3_000, batch=64, learning_rate=1e-3, time_power=1.0),
-    Round(steps=9_000, batch=48, learning_rate=8e-4, time_power=1.5),
+    Round(steps=6_000, batch=48, learning_rate=8e-4, time_power=1.5),
 )
 
 
