@@ -30,8 +30,8 @@ POSE = ("right", "down", "log_scale", "rotation")
 
 # Where a face sits: its origin (between the eyes and the nose) and size in half frames, its turn in radians. Each
 # row is a framing's centre and what one standard deviation of the pose adds.
-_CENTRE = torch.tensor([[0.0, 0.06, 0.0, 0.0], [0.0, -0.16, -0.82, 0.0]])
-_SPREAD = torch.tensor([[0.09, 0.07, 0.09, 0.11], [0.26, 0.10, 0.12, 0.11]])
+_CENTRE = torch.tensor([[0.0, 0.06, 0.0, 0.0], [0.0, -0.14, -0.6, 0.0]])
+_SPREAD = torch.tensor([[0.09, 0.07, 0.09, 0.11], [0.22, 0.09, 0.1, 0.11]])
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ class AvatarVae(nn.Module):
     shift: Tensor
     scale: Tensor
 
-    def __init__(self, wide: int = 64, deep: int = 112) -> None:
+    def __init__(self, wide: int = 64, deep: int = 128) -> None:
         super().__init__()
         self.wide, self.deep = wide, deep
         folded = 3 * FOLD**2
