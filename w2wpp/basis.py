@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .arrays import Array, as_batch
 from .errors import ConfigError, FormatError, ShapeError
 from .files.container import Container
 from .lora.layout import Layout
@@ -110,6 +111,15 @@ class Basis:
             metric=_metric(file, layout, config),
         )
 
+    def __repr__(self) -> str:
+        return f"Basis(P={self.size}, K={self.n_components})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle and deepcopy: the tensors themselves, read now, in place of a reader."""
+        names = ("mean", "std", "components", "singular_values")
+        tensors = {name: self._get(name) for name in names}
+        return {**vars(self), "_tensors": tensors, "_reader": None, "_bound": None}
+
     rank = property(lambda self: self.n_components, doc="K, by its older name")
     mean = property(lambda self: self._get("mean"), doc="[P]")
     std = property(lambda self: self._get("std"), doc="[P], signed as stored")
@@ -118,9 +128,9 @@ class Basis:
     )
     singular_values = property(lambda self: self._get("singular_values"), doc="[K]")
 
-    def project(self, w: Tensor) -> Tensor:
-        """w [B, P] -> whitened coefficients [B, K]."""
-        check_batch(w, self.size, "vectors", "P")
+    def project(self, w: Array) -> Tensor:
+        """w [B, P] -> whitened coefficients [B, K], in single precision."""
+        w = as_batch(w, self.size, "vectors", "P")
         x = self._dual(self.standardise(w.float() - self.mean))
         parts = [x @ rows.T for rows in self.blocks(len(w))]
         return torch.cat(parts, dim=1) / self.singular_values
@@ -145,9 +155,9 @@ class Basis:
         solved = torch.linalg.solve_triangular(frame, products.T.to(frame), upper=False)
         return solved.T.to(products)
 
-    def lift(self, c: Tensor) -> Tensor:
-        """Whitened coefficients c [B, K] -> w [B, P]."""
-        check_batch(c, self.n_components, "coefficients", "K")
+    def lift(self, c: Array) -> Tensor:
+        """Whitened coefficients c [B, K] -> w [B, P], in single precision."""
+        c = as_batch(c, self.n_components, "coefficients", "K")
         scaled = c.float() * self.singular_values
         x, start = torch.zeros(len(c), self.size, device=c.device), 0
         for rows in self.blocks(len(c)):
@@ -258,19 +268,22 @@ class AffineBasis:
         self.size = self.n_components = size
         self.shift, self.scale = shift, scale
 
+    def __repr__(self) -> str:
+        return f"AffineBasis({self.size}, shift={self.shift:g}, scale={self.scale:g})"
+
     @property
     def singular_values(self) -> Tensor:
         """[K], all one: every number of the vector weighs the same."""
         return torch.ones(self.n_components)
 
-    def project(self, w: Tensor) -> Tensor:
-        """w [B, P] -> c [B, P]."""
-        check_batch(w, self.size, "vectors", "P")
+    def project(self, w: Array) -> Tensor:
+        """w [B, P] -> c [B, P], in single precision."""
+        w = as_batch(w, self.size, "vectors", "P")
         return (w.float() - self.shift) * self.scale
 
-    def lift(self, c: Tensor) -> Tensor:
-        """c [B, P] -> w [B, P]."""
-        check_batch(c, self.n_components, "coefficients", "K")
+    def lift(self, c: Array) -> Tensor:
+        """c [B, P] -> w [B, P], in single precision."""
+        c = as_batch(c, self.n_components, "coefficients", "K")
         return c.float() / self.scale + self.shift
 
     def standardise(self, difference: Tensor) -> Tensor:
@@ -309,10 +322,3 @@ def _frame(blocks: Iterator[Tensor], components: Tensor) -> Tensor:
 def without_tiny(std: Tensor) -> Tensor:
     """Deviations [P] with those that are only rounding error set to exactly zero; signs stay."""
     return torch.where(std.abs() > 1e-8 * std.abs().max(), std, 0.0)
-
-
-def check_batch(t: Tensor, size: int, what: str, letter: str) -> None:
-    if t.ndim != 2 or t.shape[1] != size:
-        raise ShapeError(
-            f"Expected {what} [B, {letter}] with {letter} = {size}. Got {list(t.shape)}."
-        )

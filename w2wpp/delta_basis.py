@@ -26,7 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .basis import KEPT_BYTES, check_batch
+from .arrays import Array, as_batch
+from .basis import KEPT_BYTES
 from .errors import ConfigError, DataError, FormatError
 from .files.container import Container, Streamed
 from .lora.collection import Stacks
@@ -91,6 +92,15 @@ class DeltaBasis:
         )
         self._keeps = 4 * numbers <= KEPT_BYTES
 
+    def __repr__(self) -> str:
+        return f"DeltaBasis(P={self.size}, K={self.n_components}, {self.count} members)"
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise ConfigError(
+            "A space of collected LoRAs reads its members from its file and can't be pickled or copied. Open the file "
+            "in each process instead."
+        )
+
     @property
     def count(self) -> int:
         """N."""
@@ -123,9 +133,9 @@ class DeltaBasis:
             raise ConfigError(f"The weights of a mixture sum to one. Got {shares.sum(1).tolist()}.")
         return self.coefficients(shares.double() @ self.grams.total).float()
 
-    def project(self, w: Tensor) -> Tensor:
+    def project(self, w: Array) -> Tensor:
         """LoRAs w [B, P] in any gauge -> whitened coefficients [B, K]."""
-        check_batch(w, self.size, "vectors", "P")
+        w = as_batch(w, self.size, "vectors", "P")
         found = torch.zeros(len(w), self.count, dtype=torch.float64, device=w.device)
         for i, (_, down, up) in enumerate(self.layout.slices()):
             rows = [self._factors(row, i, down, up) for row in w.detach()]
@@ -146,12 +156,12 @@ class DeltaBasis:
                 own[block] += float(inner(together))
         return Products(with_members, own)
 
-    def lift(self, c: Tensor) -> Tensor:
+    def lift(self, c: Array) -> Tensor:
         """Whitened coefficients c [B, K] -> LoRAs w [B, P] of the layout's rank, balanced.
 
         The nearest of that rank to each combination; `kept_energy` tells how near.
         """
-        check_batch(c, self.n_components, "coefficients", "K")
+        c = as_batch(c, self.n_components, "coefficients", "K")
         shares = self.shares(c.detach())
         w = torch.empty(len(c), self.size, device=c.device)
         for i, (_, down, up) in enumerate(self.layout.slices()):
@@ -161,9 +171,9 @@ class DeltaBasis:
                 row[down], row[up] = f.down.flatten(), f.up.flatten()
         return w
 
-    def combination(self, c: Tensor) -> dict[str, Factors]:
+    def combination(self, c: Array) -> dict[str, Factors]:
         """The combination of one c [1, K] before any cut: members side by side, of their ranks' sum."""
-        check_batch(c, self.n_components, "coefficients", "K")
+        c = as_batch(c, self.n_components, "coefficients", "K")
         shares = self.shares(c.detach())[0]
         return {m.name: self.stack(i).weighted(shares) for i, m in enumerate(self.layout.modules)}
 

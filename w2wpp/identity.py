@@ -7,9 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from .arrays import Array, as_tensor
 from .errors import ConfigError, FormatError, ShapeError, SpaceMismatch
 from .files.container import open_container, write_container
 
@@ -46,6 +48,9 @@ class Identity:
     )  # JSON: how it was made, from which seed or parents
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "z", as_tensor(self.z, "latents [B, d]"))
+        if self.residual is not None:
+            object.__setattr__(self, "residual", as_tensor(self.residual, "a residual [B, K]"))
         if self.z.ndim != 2:
             raise ShapeError(f"An identity holds latents [B, d]. Got {list(self.z.shape)}.")
         r = self.residual
@@ -63,10 +68,18 @@ class Identity:
     def __len__(self) -> int:
         return len(self.z)
 
-    def __getitem__(self, index: int | slice) -> Identity:
-        """One identity or a range of them, still as a batch; provenance keeps the row numbers."""
-        rows = list(range(len(self)))[index]
-        rows = rows if isinstance(rows, list) else [rows]
+    def __repr__(self) -> str:
+        residual = "" if self.residual is None else f", residual K={self.residual.shape[1]}"
+        made = f", made by {self.provenance['made_by']}" if "made_by" in self.provenance else ""
+        sizes = f"{len(self)} x d={self.z.shape[1]}{residual}"
+        return f"Identity({sizes}, space {self.space_fingerprint[:8]}{made})"
+
+    def __getitem__(self, index: int | slice | Sequence[int] | Array) -> Identity:
+        """Some of the identities, still as a batch: by number, slice, list of numbers or mask of B flags.
+
+        Provenance keeps the row numbers. Raises IndexError beyond the end, ShapeError for an index of another kind.
+        """
+        rows = _rows(index, len(self))
         before = self._rows()
         provenance = {**self.provenance, "rows": [before[i] for i in rows]}
         residual = None if self.residual is None else self.residual[rows]
@@ -103,7 +116,7 @@ def interpolate(
     b: Identity,
     *,
     steps: int | None = None,
-    positions: Sequence[float] | None = None,
+    positions: Sequence[float] | Array | None = None,
     mode: str = "slerp",
 ) -> Identity:
     """Points between two identities, a at 0 and b at 1.
@@ -177,7 +190,30 @@ def require_same_space(identity: str, space: str, name: str = "") -> None:
         )
 
 
-def _positions(steps: int | None, positions: Sequence[float] | None) -> Tensor:
+def _rows(index: Any, count: int) -> list[int]:
+    """Row numbers from 0 of whatever an identity of `count` rows was indexed by."""
+    if isinstance(index, slice):
+        return list(range(count))[index]
+    wanted = index.tolist() if isinstance(index, Tensor | np.ndarray) else index
+    wanted = (
+        list(wanted) if isinstance(wanted, Sequence) and not isinstance(wanted, str) else [wanted]
+    )
+    if wanted and all(isinstance(i, bool) for i in wanted):
+        if len(wanted) != count:
+            raise IndexError(f"A mask for {count} identities has {count} flags. Got {len(wanted)}.")
+        return [i for i, chosen in enumerate(wanted) if chosen]
+    if not all(isinstance(i, int | np.integer) and not isinstance(i, bool) for i in wanted):
+        raise ShapeError(
+            "Identities are picked by a number, a slice, a list of numbers or a mask of flags, in one dimension. Got "
+            f"{index!r}."
+        )
+    outside = [i for i in wanted if not -count <= i < count]
+    if outside:
+        raise IndexError(f"There are {count} identities, numbered from 0. Got {outside[0]}.")
+    return [int(i) % count for i in wanted]
+
+
+def _positions(steps: int | None, positions: Sequence[float] | Array | None) -> Tensor:
     """[T, 1] in double precision."""
     if (steps is None) == (positions is None):
         raise ConfigError("Interpolation takes either steps or positions.")
@@ -187,10 +223,13 @@ def _positions(steps: int | None, positions: Sequence[float] | None) -> Tensor:
                 f"Interpolation needs at least one step and takes at most {MOST_STEPS:,}. Got {steps}."
             )
         return torch.linspace(0.0, 1.0, steps, dtype=torch.float64)[:, None]
-    t = torch.tensor(list(positions or ()), dtype=torch.float64)[:, None]
-    if len(t) == 0 or not bool(torch.isfinite(t).all()):
-        raise ConfigError(f"Interpolation needs finite positions. Got {positions}.")
-    return t
+    try:
+        t = torch.as_tensor(positions, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError):
+        t = torch.empty(0)
+    if t.ndim != 1 or len(t) == 0 or not bool(torch.isfinite(t).all()):
+        raise ConfigError(f"Interpolation needs a list of finite positions. Got {positions}.")
+    return t[:, None]
 
 
 def _lerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:

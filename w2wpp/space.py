@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .basis import AnyBasis, check_batch
+from .arrays import Array, as_batch
+from .basis import AnyBasis
 from .codecs import Codec, Posterior
 from .delta_basis import DeltaBasis
 from .errors import ConfigError, DataError, ShapeError
@@ -53,7 +54,10 @@ class Space:
     flow: Flow | None = None  # standardised latents <-> N(0, I) where people are no Gaussian cloud
 
     def __post_init__(self) -> None:
-        if (self.layout.size, self.basis.n_components) != (self.basis.size, self.codec.coefficient_size):
+        if (self.layout.size, self.basis.n_components) != (
+            self.basis.size,
+            self.codec.coefficient_size,
+        ):
             raise ShapeError(
                 f"The parts of a space must meet: layout P = {self.layout.size} and basis P = "
                 f"{self.basis.size}, "
@@ -82,6 +86,15 @@ class Space:
             )
         if not bool((self.prior_std > 0).all()):
             raise ConfigError("The prior's standard deviations must be positive.")
+
+    def __repr__(self) -> str:
+        """One line: what it is called, what it is for, how large it is, what it can do."""
+        extras = [f"{len(self.directions)} directions"] if self.directions else []
+        extras += ["flow"] if self.flow is not None else []
+        extras += ["start network"] if self.start is not None else []
+        sizes = f"d={self.latent_size}, K={self.basis.n_components}, P={self.layout.size}"
+        parts = [repr(self.name), f"for {self.base_model}", self.codec.name, sizes, *extras]
+        return f"Space({', '.join(parts)})"
 
     @property
     def latent_size(self) -> int:
@@ -113,8 +126,17 @@ class Space:
         report = self.provenance.get("training_report")
         return report if isinstance(report, Mapping) else {}
 
-    def encode(self, w: Tensor) -> Posterior:
-        """w [B, P] -> posterior over standardised latents [B, d]."""
+    @property
+    def device(self) -> torch.device:
+        """Where its tensors are; what is given to `encode` and `decode` is moved there."""
+        return self.prior_mean.device
+
+    def encode(self, w: Array) -> Posterior:
+        """w [B, P], a tensor or numpy array of any precision -> posterior over standardised latents [B, d].
+
+        Raises ShapeError for another shape and DataError for numbers that are not finite.
+        """
+        w = as_batch(w, self.layout.size, "vectors", "P").to(self.device)
         if not bool(torch.isfinite(w).all()):
             raise DataError("The LoRA vectors to encode hold NaN or infinite numbers.")
         raw = self.codec.encode(self.basis.project(w))
@@ -135,21 +157,24 @@ class Space:
         z = z.float() if self.flow is None else self.flow.inverse(z.float())
         return z * self.prior_std + self.prior_mean
 
-    def decode(self, z: Tensor, residual: Tensor | None = None) -> Tensor:
-        """Standardised latents z [B, d], and a residual [B, K] in coefficients -> w [B, P].
+    def decode(self, z: Array, residual: Array | None = None) -> Tensor:
+        """Standardised latents z [B, d], and a residual [B, K] in coefficients -> w [B, P] in single precision.
 
-        All rows go through in one pass. A row differs from the same row decoded alone, or in another batch, by the
-        rounding of single precision: by no more than 1e-6 of its largest number.
+        Both are tensors or numpy arrays of any precision. All rows go through in one pass. A row differs from the
+        same row decoded alone, or in another batch, by the rounding of single precision: by no more than 1e-6 of its
+        largest number. Raises ShapeError for another shape.
         """
-        check_batch(z, self.latent_size, "latents", "d")
+        z = as_batch(z, self.latent_size, "latents", "d").to(self.device)
         if residual is not None:
-            check_batch(residual, self.basis.n_components, "a residual", "K")
+            residual = as_batch(residual, self.basis.n_components, "a residual", "K")
+            residual = residual.to(self.device).float()
         c = self.codec.decode(self.codec_latent(z))
         return self.basis.lift(c if residual is None else c + residual)
 
-    def lift(self, c: Tensor) -> Tensor:
+    def lift(self, c: Array) -> Tensor:
         """Whitened coefficients c [B, K] -> w [B, P]."""
-        return self.basis.lift(c)
+        c = as_batch(c, self.basis.n_components, "coefficients", "K")
+        return self.basis.lift(c.to(self.device))
 
     def sample(self, n: int, *, generator: torch.Generator, truncation: float = 1.0) -> Identity:
         """n identities from N(0, I), scaled by the truncation. Same generator seed, same bits, on every machine."""
@@ -177,7 +202,12 @@ class Space:
 
     @torch.inference_mode(False)  # as in spacefile
     def to(self, device: torch.device | str) -> Space:
-        """The same space with its tensors on a device."""
+        """The same space, with the same fingerprint, and its tensors on a device such as "cuda:0".
+
+        Spaces compute in single precision wherever they are: coefficients reach over many orders of magnitude.
+        Raises ConfigError for anything but a device.
+        """
+        device = as_device(device)
         self.codec.materialise()
         moved = replace(
             self,
@@ -220,6 +250,17 @@ class Space:
         return fingerprint_of(
             self.architecture(), ((n, t.dtype, t.shape, (t,)) for n, t in tensors)
         )
+
+
+def as_device(device: torch.device | str) -> torch.device:
+    """A device by its name, or a ConfigError that says what came instead."""
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError) as e:
+        raise ConfigError(
+            f"Expected a device such as 'cpu' or 'cuda:0'. Got {device!r}. (Spaces compute in single precision; "
+            "convert what they return.)"
+        ) from e
 
 
 def flow_tensors(flow: Flow) -> dict[str, Tensor]:

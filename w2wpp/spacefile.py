@@ -31,6 +31,7 @@ from .errors import ConfigError, FormatError, SpaceMismatch, reading
 from .files.container import Container, Streamed, open_container, write_container
 from .flow import Flow
 from .lora.layout import Layout
+from .shipped import shipped_folder
 from .space import Space, SpaceBasis, compact, fingerprint_of
 from .start_network import StartNetwork, build_start
 
@@ -68,8 +69,22 @@ def space_bytes(space: Space) -> int:
     return small + (space.basis.bulk_bytes() if isinstance(space.basis, DeltaBasis) else 0)
 
 
-def load_space(path: str | os.PathLike[str]) -> Space:
-    """Open a space; costs its header and the few numbers of its prior."""
+def load_space(path: str | os.PathLike[str], *, device: torch.device | str | None = None) -> Space:
+    """Open a space; costs its header and the few numbers of its prior, until something is computed.
+
+    With a device, its tensors are there, as after `Space.to`. Raises FormatError for a file that is no space of a
+    version that this release knows, and FileNotFoundError, with the names of what ships, where there is none.
+    """
+    if not Path(path).exists():
+        names = ", ".join(sorted(p.name for p in shipped_folder("models").glob("*.safetensors")))
+        raise FileNotFoundError(
+            f"There is no file {path}. The files that ship are in {shipped_folder('models')}: {names or 'none'}."
+        )
+    space = _open_space(path)
+    return space if device is None else space.to(device)
+
+
+def _open_space(path: str | os.PathLike[str]) -> Space:
     file = open_container(path, FORMAT, versions=VERSIONS)
     with reading(f"{path}: the configuration of this space"):
         return _space(file)
@@ -134,8 +149,7 @@ def save_directions(
 
 def find_space(fingerprint: str, folders: Iterable[Path] = ()) -> Path:
     """The space file with a fingerprint, among the shipped ones and in other folders; reads headers only."""
-    shipped = Path(__file__).resolve().parent.parent / "models"
-    for folder in (*folders, shipped):
+    for folder in (*folders, shipped_folder("models")):
         for path in sorted(folder.glob("*.safetensors")):
             with contextlib.suppress(FormatError):
                 with open_container(path, FORMAT, versions=VERSIONS) as file:

@@ -2,5 +2,7 @@
 
 from pathlib import Path
 
-MODELS = Path(__file__).resolve().parents[2] / "models"
+from ..shipped import shipped_folder
+
+MODELS = shipped_folder("models")
 RESULTS = Path("benchmarks") / "results"

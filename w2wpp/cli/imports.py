@@ -6,17 +6,11 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from ..basis import AffineBasis
 from ..encode import adapter_file, encode_lora
-from ..errors import SpaceMismatch
-from ..files.torchfile import load_tensor
-from ..identity import Identity
+from ..imports.identity import read_coefficients
 from ..imports.original import read_vae
-from ..imports.w2w import open_w2w, whitened
+from ..imports.w2w import open_w2w
 from ..imports.w2w_space import w2w_directions, write_w2w_space
-from ..space import Space
 from ..spacefile import load_space, save_space
 from .identities import saved
 from .training import find_layout
@@ -75,7 +69,7 @@ def import_identity(args: argparse.Namespace) -> dict[str, Any]:
     if Path(args.source).suffix != ".pt":
         identity, report = encode_lora(space, adapter_file(args.source), residual=args.residual)
         return {**saved(identity, args.output), **report.to_json()}
-    identity, dropped = _of_coefficients(space, Path(args.source), args.residual)
+    identity, dropped = read_coefficients(args.source, space, residual=args.residual)
     return {**saved(identity, args.output), "energy_beyond_the_space": round(dropped, 6)}
 
 
@@ -92,19 +86,3 @@ def import_vae(args: argparse.Namespace) -> dict[str, Any]:
         "licence": space.licence,
         "trigger_prompt": space.trigger_prompt,
     }
-
-
-@torch.no_grad()
-def _of_coefficients(space: Space, path: Path, residual: bool) -> tuple[Identity, float]:
-    """The identity of coefficients [B, K'], and the share of them that the space has no components for."""
-    if isinstance(space.basis, AffineBasis):
-        raise SpaceMismatch(
-            f"'{space.name}' has no components; coefficients need a space made by 'w2wpp import-w2w' "
-            "or trained on its basis."
-        )
-    c, dropped = whitened(load_tensor(path, ndim=2), space.basis.singular_values)
-    raw = space.codec.encode(c).mean
-    z = space.latent_of(raw)
-    rest = c - space.codec.decode(raw) if residual else None
-    how = {"made_by": "import-identity", "files": [path.name]}
-    return Identity(z, space.fingerprint, rest, how), dropped

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..basis import check_batch
+from ..arrays import Array, as_batch
 
 LOGVAR_MIN, LOGVAR_MAX = -30.0, 20.0
 
@@ -69,15 +69,20 @@ class Codec(nn.Module):
         self.coefficient_size, self.latent_size = coefficient_size, latent_size  # K, d
         self._reader: Callable[[], Mapping[str, Tensor]] | None = None
 
-    def encode(self, c: Tensor) -> Posterior:
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle and deepcopy: with the weights, read now."""
+        self.materialise()
+        return self.__dict__
+
+    def encode(self, c: Array) -> Posterior:
         """c [B, K] -> posterior over z [B, d]."""
-        check_batch(c, self.coefficient_size, "coefficients", "K")
+        c = as_batch(c, self.coefficient_size, "coefficients", "K")
         self.materialise()
         return self._encode(c)
 
-    def decode(self, z: Tensor) -> Tensor:
+    def decode(self, z: Array) -> Tensor:
         """z [B, d] -> c [B, K]."""
-        check_batch(z, self.latent_size, "latents", "d")
+        z = as_batch(z, self.latent_size, "latents", "d")
         self.materialise()
         return self._decode(z)
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..arrays import Array, as_tensor
 from ..errors import ConfigError, LayoutMismatch, ShapeError, reading
 
 LARGEST = 2**31  # no layer has so many features
@@ -57,6 +58,11 @@ class Layout:
                 f"Layout '{self.name}' needs a finite, positive alpha. Got {self.alpha!r}."
             )
 
+    def __repr__(self) -> str:
+        modules = f"{len(self.modules)} modules"
+        sizes = f"rank={self.rank}, alpha={self.alpha:g}, P={self.size}"
+        return f"Layout({self.name!r}, for {self.base_model}, {modules}, {sizes})"
+
     @cached_property
     def size(self) -> int:
         """P, the length of a vector."""
@@ -81,8 +87,9 @@ class Layout:
         parts = [t.flatten(-2) for m in self.modules for t in lora[m.name]]
         return torch.cat(parts, dim=-1)
 
-    def unpack(self, w: Tensor) -> Lora:
+    def unpack(self, w: Array) -> Lora:
         """w [P] or [N, P] -> {module: (A [(N,) r, in], B [(N,) out, r])}, as views."""
+        w = as_tensor(w, "vectors [P] or [N, P]")
         if w.ndim not in (1, 2) or w.shape[-1] != self.size:
             raise ShapeError(
                 f"Layout '{self.name}' unpacks vectors [P] or [N, P] with P = {self.size}. Got "

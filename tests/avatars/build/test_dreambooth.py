@@ -2,11 +2,11 @@
 
 import torch
 
-from w2wpp.avatars.world.base import AvatarBase
-from w2wpp.avatars.world.adapters import avatar_layout
 from w2wpp.avatars.build.dreambooth import DreamBooth, _Photographs, people_loss
-from w2wpp.training.people import initial_vector, measure_start, train_people
+from w2wpp.avatars.world.adapters import avatar_layout
+from w2wpp.avatars.world.base import AvatarBase
 from w2wpp.avatars.world.renderer import sample_identities
+from w2wpp.training.people import initial_vector, measure_start, train_people
 
 CONFIG = DreamBooth(steps=3, pictures=2, photographs=4)
 

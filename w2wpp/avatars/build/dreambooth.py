@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...lora.layout import Layout
-from ..world.base import AvatarBase
 from ...lora.hooks import loras_applied
-from ..world.renderer import Nuisance, render, sample_nuisance
+from ...lora.layout import Layout
 from ...training.people import PeopleLoss
+from ..world.base import AvatarBase
+from ..world.renderer import Nuisance, render, sample_nuisance
 
 
 @dataclass(frozen=True)

@@ -14,15 +14,15 @@ import torch
 import torch.multiprocessing as multiprocessing
 from torch import Tensor
 
-from ...files.container import open_container, write_container
 from ...errors import ConfigError
+from ...files.container import open_container, write_container
 from ...lora.layout import Layout
 from ...training.dataset import VectorDataset, write_dataset
-from ..world.base import load_base
-from ..world.adapters import TARGETS, avatar_layout
-from .dreambooth import DreamBooth, people_loss
 from ...training.people import Start, initial_vector, measure_start, train_people
+from ..world.adapters import TARGETS, avatar_layout
+from ..world.base import load_base
 from ..world.renderer import TRAITS, sample_identities
+from .dreambooth import DreamBooth, people_loss
 
 FORMAT = "w2wpp.avatar_loras"
 

@@ -19,7 +19,6 @@ import torch.multiprocessing as multiprocessing
 from torch import Tensor
 
 from ..world.base import AvatarBase
-from .checkpoint import State, load_run, save_run
 from ..world.renderer import (
     EXPRESSION,
     TRAITS,
@@ -28,6 +27,7 @@ from ..world.renderer import (
     sample_identities,
     sample_nuisance,
 )
+from .checkpoint import State, load_run, save_run
 
 
 @dataclass(frozen=True)

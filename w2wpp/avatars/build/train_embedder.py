@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .checkpoint import State, load_run, save_run
 from ..world.embedder import AvatarEmbedder
 from ..world.renderer import render, sample_identities, sample_nuisance
+from .checkpoint import State, load_run, save_run
 
 
 @dataclass(frozen=True)

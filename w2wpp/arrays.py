@@ -1,0 +1,41 @@
+"""What callers may give where a tensor is expected: tensors and numpy arrays of real numbers, nothing guessed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .errors import ShapeError
+
+Array = Any  # a tensor, or a numpy array
+
+
+def as_tensor(value: Array, what: str) -> Tensor:
+    """A tensor as it is, a numpy array [any shape] as a tensor of its own on the CPU; `what` names it in errors.
+
+    Raises ShapeError for anything else: a list could as well be a list of vectors, and complex or boolean numbers
+    are nobody's weights.
+    """
+    if isinstance(value, np.ndarray) and value.dtype.kind in "fiu":
+        value = torch.from_numpy(np.ascontiguousarray(value).copy())
+    if not isinstance(value, Tensor):
+        kind = (
+            f"an array of {value.dtype}" if isinstance(value, np.ndarray) else type(value).__name__
+        )
+        raise ShapeError(f"Expected {what} as a tensor or numpy array of real numbers. Got {kind}.")
+    if value.is_complex() or value.dtype == torch.bool:
+        raise ShapeError(f"Expected {what} of real numbers. Got a tensor of {value.dtype}.")
+    return value
+
+
+def as_batch(value: Array, size: int, what: str, letter: str) -> Tensor:
+    """A tensor or array [B, size] as a tensor; the letter names its width in errors."""
+    t = as_tensor(value, f"{what} [B, {letter}]")
+    if t.ndim != 2 or t.shape[1] != size:
+        raise ShapeError(
+            f"Expected {what} [B, {letter}] with {letter} = {size}. Got {list(t.shape)}."
+        )
+    return t

@@ -1,0 +1,1 @@
+"""How the miniature world is made, stage by stage."""
