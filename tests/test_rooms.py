@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # From the ground up. A room knows itself and what lies below it; rooms of one floor do not know each other.
 FLOORS = (
     ("errors",),
+    ("arrays", "shipped"),
     ("files", "metrics", "noise", "rates"),
     ("basis", "lora.layout", "diffusion", "plots"),
     ("codecs", "flow", "lora", "start_network"),
