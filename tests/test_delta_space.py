@@ -20,13 +20,13 @@ from w2wpp.encode_delta import as_member
 from w2wpp.files.container import open_container
 from w2wpp.lora.collection import collect, members_of
 from w2wpp.lora.delta import Factors, cut
+from w2wpp.mixtures import members, mix, sample_mixtures
 from w2wpp.training.collection_report import cosines, held_out_shares, mean_shares
 from w2wpp.training.fit_delta import (
     CollectionSettings,
     fit_delta,
     fitting,
     lora_files,
-    members_identity,
     open_members,
 )
 
@@ -116,14 +116,14 @@ def test_it_is_pca_of_the_built_updates(made, built):
 
 
 def test_latents_are_standardised_over_the_members(made):
-    z = members_identity(made[0])
+    z = members(made[0]).z
     torch.testing.assert_close(z.mean(0), torch.zeros(z.shape[1]), atol=1e-5, rtol=0)
     torch.testing.assert_close(z.std(0), torch.ones(z.shape[1]), atol=1e-4, rtol=0)
 
 
 def test_the_members_come_back(made, built):
     space, _ = made
-    w = space.decode(members_identity(space))
+    w = space.decode(members(space).z)
     for row, truth in zip(w, built):
         torch.testing.assert_close(dense_vector(space, row), truth, atol=2e-4, rtol=0)
 
@@ -180,6 +180,31 @@ def test_mixtures_stay_inside(made, built):
     torch.testing.assert_close(dense_vector(space, w[0]), expected, atol=3e-4, rtol=0)
     with pytest.raises(ConfigError, match="sum to one"):
         space.basis.mixture(shares * 2)
+    torch.testing.assert_close(mix(space, {1: 3, 4: 7}).vectors(space), w, atol=1e-5, rtol=0)
+    for bad in ({99: 1.0}, {0: -1.0}, {0: float("nan")}, {}):
+        with pytest.raises(ConfigError):
+            mix(space, bad)
+
+
+def test_drawn_mixtures_have_weights_of_their_own_and_the_same_for_one_seed(made):
+    space, _ = made
+    drawn = sample_mixtures(space, 20, generator=generator(9))
+    again = sample_mixtures(space, 3, generator=generator(9))
+    assert torch.equal(drawn.z[:3], again.z)
+    shares = space.basis.shares(drawn.z)
+    assert float(shares.min()) > -1e-5
+    told = torch.tensor(drawn.provenance["weights"]).double()
+    torch.testing.assert_close(shares, told, atol=1e-5, rtol=0)
+    assert ((shares > 1e-4).sum(1) <= 3).all() and len(set(map(tuple, told.tolist()))) == 20
+    nearer = sample_mixtures(space, 20, generator=generator(9), truncation=0.5)
+    torch.testing.assert_close(nearer.z, drawn.z / 2, atol=1e-5, rtol=0)
+    with pytest.raises(ConfigError, match="truncation of 1"):
+        sample_mixtures(space, 1, generator=generator(), truncation=1.5)
+
+
+def test_only_a_collection_can_be_mixed(make_space):
+    with pytest.raises(ConfigError, match="does not hold the LoRAs"):
+        sample_mixtures(make_space("pca"), 1, generator=generator())
 
 
 def test_weights_of_files_move_the_mean(loras, built):
@@ -188,7 +213,7 @@ def test_weights_of_files_move_the_mean(loras, built):
     p = torch.tensor([3.0, 1, 1, 1, 1, 1, 0]).double() / 8
     mean = dense_vector(space, space.decode(torch.zeros(1, space.latent_size))[0])
     torch.testing.assert_close(mean, p @ built, atol=2e-4, rtol=0)
-    z = members_identity(space).double()
+    z = members(space).z.double()
     torch.testing.assert_close(p @ z, torch.zeros(z.shape[1]).double(), atol=1e-4, rtol=0)
     for bad in ({"nobody": 1.0}, {"file 0": float("nan")}, {"file 0": -1.0}):
         with pytest.raises(ConfigError):
@@ -342,12 +367,12 @@ def test_spellings_of_one_lora_are_one(loras, tmp_path):
         save_file({k: t.contiguous() for k, t in tensors.items()}, tmp_path / f"{name}.safetensors")
     (tmp_path / "broken.safetensors").write_bytes(b"no")
     save_file({"x.hada_w1_a": torch.ones(1)}, tmp_path / "loha.safetensors")
-    members, refused = open_members(lora_files([tmp_path]))
-    assert [m.name for m in members] == ["kohya", "older", "peft"]
+    opened, refused = open_members(lora_files([tmp_path]))
+    assert [m.name for m in opened] == ["kohya", "older", "peft"]
     assert sorted(name for name, _ in refused) == ["broken", "loha"]
     assert "LoHa" in dict(refused)["loha"]
-    assert members[0].apart == 1 and {m.family for m in members} == {"sd15"}
-    together = collect(members)
+    assert opened[0].apart == 1 and {m.family for m in opened} == {"sd15"}
+    together = collect(opened)
     assert set(together.shapes) == set(SIZES)
     from w2wpp.lora.delta import inner
 
@@ -450,7 +475,7 @@ def test_a_member_encodes_to_its_own_latent_from_a_file_or_tensors(made, loras):
         key = "lora_unet_" + n.replace(".", "_")
         tensors[key + ".lora_down.weight"], tensors[key + ".lora_up.weight"] = f.down, f.up
         tensors[key + ".alpha"] = torch.tensor(f.scale * f.rank)
-    expected = members_identity(space)[4:5]
+    expected = members(space).z[4:5]
     for given in (tensors, lora_of_tensors(tensors)):
         identity, report = encode_lora(space, given, residual=True)
         torch.testing.assert_close(identity.z, expected, atol=1e-4, rtol=0)

@@ -21,7 +21,7 @@ FLOORS = (
     ("codecs", "flow", "lora", "start_network"),
     ("identity", "delta_basis"),
     ("space",),
-    ("encode_delta",),
+    ("encode_delta", "mixtures"),
     ("spacefile", "edits", "encode"),
     ("inversion", "training"),
     ("imports",),

@@ -72,7 +72,8 @@ def encode_lora(
     can't express of the coefficients.
     """
     if isinstance(space.basis, DeltaBasis):
-        return encode_update(space, lora, residual=residual)
+        named = adapter_file(lora) if isinstance(lora, (str, os.PathLike)) else lora
+        return encode_update(space, named, residual=residual)
     file = read_any(lora)
     matched, ignored, missing = match_modules(file, space.layout)
     w, energy_lost, gauge = _space_vector(space, matched, missing)

@@ -171,6 +171,14 @@ class Space:
         c = self.codec.decode(self.codec_latent(z))
         return self.basis.lift(c if residual is None else c + residual)
 
+    def kept_energy(self, identity: Identity, w: Tensor) -> float | None:
+        """Share of one identity's update that its vector w [1, P] keeps; None where a vector is all there is."""
+        if not isinstance(self.basis, DeltaBasis):
+            return None
+        c = self.codec.decode(self.codec_latent(identity.z))
+        c = c if identity.residual is None else c + identity.residual
+        return float(self.basis.kept_energy(c, w)[0])
+
     def lift(self, c: Array) -> Tensor:
         """Whitened coefficients c [B, K] -> w [B, P]."""
         c = as_batch(c, self.basis.n_components, "coefficients", "K")

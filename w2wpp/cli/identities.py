@@ -6,17 +6,19 @@ import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..edits import edit
-from ..encode import encode_lora, read_any
+from ..encode import encode_lora
 from ..errors import ConfigError
 from ..files.container import Container, open_container
 from ..identity import Identity, concat, interpolate, load_identity, save_identity
 from ..lora.files import FORMATS, load_lora, save_lora
+from ..mixtures import sample_mixtures
 from ..space import Space
 from ..spacefile import find_space, load_space
 from ..training.report import without_curves
@@ -34,6 +36,11 @@ def register(verbs: Verbs) -> None:
     p.add_argument("--seed", type=int, required=True, help="same seed, same identity, anywhere")
     p.add_argument("-n", type=int, default=1, help="how many (default 1)")
     p.add_argument("--truncation", type=float, default=1.0, help="below 1: closer to the mean")
+    p.add_argument(
+        "--mixture",
+        action="store_true",
+        help="mix a few of the LoRAs that the space was made of, so that samples stay inside of the collection",
+    )
     p.add_argument("-o", "--output", required=True, metavar="ID")
     p.set_defaults(run=sample)
 
@@ -82,7 +89,8 @@ def info(args: argparse.Namespace) -> dict[str, Any]:
 def sample(args: argparse.Namespace) -> dict[str, Any]:
     space = load_space(args.space)
     generator = torch.Generator().manual_seed(_seed(args.seed))
-    identity = space.sample(args.n, generator=generator, truncation=args.truncation)
+    draw = partial(sample_mixtures, space) if args.mixture else space.sample
+    identity = draw(args.n, generator=generator, truncation=args.truncation)
     return saved(identity, args.output)
 
 
@@ -93,8 +101,7 @@ def interpolate_files(args: argparse.Namespace) -> dict[str, Any]:
 
 def encode(args: argparse.Namespace) -> dict[str, Any]:
     space = load_space(args.space)
-    files = [read_any(path) for path in args.loras]
-    found = [encode_lora(space, file, residual=args.residual) for file in files]
+    found = [encode_lora(space, path, residual=args.residual) for path in args.loras]
     names = [Path(path).name for path in args.loras]
     identity = concat([person for person, _ in found])
     identity = replace(identity, provenance={"made_by": "encode", "files": names})
@@ -113,13 +120,18 @@ def edit_file(args: argparse.Namespace) -> dict[str, Any]:
 def export(args: argparse.Namespace) -> dict[str, Any]:
     identity = load_identity(args.identity)
     space = _space_of(identity, args)
-    vectors = identity.vectors(space)
-    files = _numbered(Path(args.output), len(vectors))
-    for i, (w, file) in enumerate(zip(vectors, files)):
-        metadata = lora_metadata(space, identity[i], args.strength)
-        lora = space.layout.unpack(w)
+    files = _numbered(Path(args.output), len(identity))
+    kept = []
+    for person, file in zip(identity, files):  # one at a time: a LoRA of a large model takes memory
+        w = person.vectors(space)
+        metadata = lora_metadata(space, person, args.strength)
+        lora = space.layout.unpack(w[0])
         save_lora(lora, file, format=args.format, alpha=space.layout.alpha, metadata=metadata)
-    return {"loras": [str(f) for f in files], "format": args.format, "space": space.name}
+        kept.append(space.kept_energy(person, w))
+    facts = {"loras": [str(f) for f in files], "format": args.format, "space": space.name}
+    # Only a combination of other LoRAs has more ranks than one LoRA can keep.
+    told = {} if None in kept else {"kept_energy": [round(k, 4) for k in kept if k is not None]}
+    return {**facts, **told}
 
 
 def lora_metadata(space: Space, identity: Identity, strength: float = 1.0) -> dict[str, str]:

@@ -16,10 +16,10 @@ from typing import Any
 
 from .. import __version__
 from ..errors import W2WError
-from . import avatars, identities, imports, training
+from . import avatars, collections, identities, imports, training
 
 # Each has register(subparsers); a parser's default `run` takes the arguments and returns the result.
-MODULES = (identities, training, imports, avatars)
+MODULES = (identities, collections, training, imports, avatars)
 EXTRAS = {"diffusers", "matplotlib", "PIL"}
 
 

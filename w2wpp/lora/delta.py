@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 EXACT_RANK = 512  # up to this many stacked ranks, products are taken in double precision as well
-BLOCK = 512  # rows of the stacked factors that are multiplied at a time
+BLOCK = 256  # rows of the stacked factors that are multiplied at a time
 DIRECT = 384  # smallest side of a stack up to which its SVD is taken as a whole
 OVERSAMPLING, ITERATIONS = 16, 3  # of the subspace iteration beyond that
 

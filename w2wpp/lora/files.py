@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..errors import ConfigError, FormatError, LayoutMismatch
 from ..files.container import Container, open_container, write_container
+from .families import lora_key
 from .layout import Layout, Lora
 
 FORMATS = ("kohya", "diffusers", "peft")
@@ -72,7 +73,7 @@ def kohya_tensors(lora: Mapping[str, tuple[Tensor, Tensor]], alpha: float) -> di
     """{key: tensor} in kohya's spelling, which is also what ComfyUI's LORA_MODEL sockets carry."""
     tensors = {}
     for name, (a, b) in lora.items():
-        key = "lora_unet_" + name.replace(".", "_")
+        key = lora_key(name)
         tensors[f"{key}.lora_down.weight"] = a.contiguous()
         tensors[f"{key}.lora_up.weight"] = b.contiguous()
         tensors[f"{key}.alpha"] = torch.tensor(float(alpha))

@@ -157,6 +157,62 @@ def fit_delta(
     return _space(basis, collection, report, settings), report
 
 
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """How much LoRAs are alike."""
+
+    family: str
+    names: tuple[str, ...]
+    gram: Tensor  # [N, N]
+    refused: tuple[tuple[str, str], ...]
+
+    @property
+    def cosines(self) -> Tensor:
+        """[N, N], whatever the ranks and gauges."""
+        return cosines(self.gram)
+
+    @property
+    def norms(self) -> Tensor:
+        """|dW| [N]."""
+        return self.gram.diagonal().clamp_min(0).sqrt()
+
+    @property
+    def pairs(self) -> tuple[tuple[str, str, float], ...]:
+        return nearest_pairs(self.names, self.cosines)
+
+    @property
+    def copies(self) -> tuple[tuple[str, str, float], ...]:
+        return copies(self.names, self.cosines, self.norms)
+
+    @property
+    def outliers(self) -> tuple[tuple[str, str], ...]:
+        return outliers(self.names, self.cosines, self.norms)
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.names)} LoRAs for {self.family}"]
+        lines += [f"alike: {a} and {b}, cosine {c:.2f}" for a, b, c in self.pairs]
+        lines += [f"copies: {a} is {b}, at {c:.3g} times its strength" for a, b, c in self.copies]
+        lines += [f"outlier: {name}, {reason}" for name, reason in self.outliers]
+        lines += [f"did not fit: {name}: {reason}" for name, reason in self.refused]
+        return "\n".join(lines)
+
+
+def compare_members(
+    members: Sequence[Member],
+    *,
+    refused: Sequence[tuple[str, str]] = (),
+    progress: Progress | None = None,
+) -> Comparison:
+    """Inner products of those that fit together."""
+    members, unfit = fitting(members)
+    refused = [*refused, *unfit]
+    _require_enough(members, refused)
+    collection = collect(members)
+    grams = compute_grams(collection_layout(collection, 1), collection, progress)
+    names = tuple(m.name for m in members)
+    return Comparison(collection.family, names, grams.total, tuple(refused))
+
+
 def member_weights(members: Sequence[Member], weights: Mapping[str, float] | None) -> Tensor:
     """p [N], with the sum one."""
     given = dict(weights or {})
@@ -172,13 +228,6 @@ def member_weights(members: Sequence[Member], weights: Mapping[str, float] | Non
             f"Weights are finite and not negative, and two of them positive at least. Got {p.tolist()}."
         )
     return p / p.sum()
-
-
-def members_identity(space: Space) -> Tensor:
-    """Latents [N, d] of a collection's own LoRAs."""
-    if not isinstance(space.basis, DeltaBasis):
-        raise ConfigError(f"The space '{space.name}' was not made of a collection of LoRAs.")
-    return space.latent_of(space.codec.encode(space.basis.member_coefficients()).mean)
 
 
 def _require_enough(members: Sequence[Member], refused: Sequence[tuple[str, str]]) -> None:
