@@ -22,12 +22,12 @@ import torch
 from publish import publish
 
 from w2wpp import SD15, Basis, Space, build_codec
-from w2wpp.codecs.original import Seed
+from w2wpp.codecs.original import Original
 from w2wpp.files.container import Streamed, write_container
 from w2wpp.space import compact
 from w2wpp.spacefile import FORMAT, load_space
 
-LATENT = 512  # d of the seed's checkpoints
+LATENT = 512  # d of the original checkpoints
 OPEN = """
 import resource, sys, time, torch
 from w2wpp.spacefile import load_space
@@ -106,7 +106,7 @@ def side_by_side(things: dict[str, Callable[[], object]], rounds: int) -> dict[s
 @torch.inference_mode()
 def decoding(path: Path, rounds: int) -> dict[str, Any]:
     space = load_space(path)
-    seed = Seed(SD15.size, LATENT).eval()
+    original = Original(SD15.size, LATENT).eval()
     one, many = torch.randn(1, LATENT), torch.randn(64, LATENT)
     space.decode(one)
     kept = space.basis._single()  # what a decode has to read, in the precision that it reads
@@ -114,7 +114,7 @@ def decoding(path: Path, rounds: int) -> dict[str, Any]:
     seconds = side_by_side(
         {
             "decode_one": lambda: space.decode(one),
-            "seed_architecture_one": lambda: seed.decode(one) / 10,
+            "seed_architecture_one": lambda: original.decode(one) / 10,
             "copy_of_the_components": lambda: copy.copy_(kept),
             "decode_64_in_one_pass": lambda: space.decode(many),
         },
@@ -139,7 +139,7 @@ def table(result: dict[str, Any]) -> str:
             "at most 0.2 s, 50 MB |"
         )
     lines += [
-        "| decode one, K = 1000, against the seed's architecture | "
+        "| decode one, K = 1000, against the original architecture | "
         f"{decode['speedup_over_seed_architecture']:.2f} x as fast | at least 2 |",
         f"| decode one, against copying the {decode['megabytes_read']:.0f} MB that it reads | "
         f"{decode['decode_over_copy']:.2f} x | at most 1.3 |",

@@ -11,7 +11,7 @@ from w2wpp.training.coefficients import project_dataset
 from w2wpp.training.dataset import VectorDataset
 from w2wpp.training.fit_basis import fit_basis
 
-CODECS = ("pca", "vae-skip", "vae-mlp", "seed")
+CODECS = ("pca", "vae-skip", "vae-mlp", "original")
 COMPONENTS, LATENT = 12, 5
 
 
@@ -58,7 +58,7 @@ def make_space(layout, basis):
 
     def make(name, **provenance):
         g = generator(2)
-        parts = AffineBasis(layout.size, scale=10.0) if name == "seed" else basis
+        parts = AffineBasis(layout.size, scale=10.0) if name == "original" else basis
         d = parts.n_components if name == "pca" else LATENT
         options = {} if name == "pca" else {"hidden": [16]}
         sizes = {"coefficient_size": parts.n_components, "latent_size": d}

@@ -173,7 +173,7 @@ def test_the_residual_keeps_what_latents_cannot_say(make_space):
 
 def test_a_space_of_raw_vectors_resolves_the_sign(make_space):
     """The seed's space has no mean and no basis: the LoRA of latent zero stands in for them."""
-    space = make_space("seed")
+    space = make_space("original")
     w = space.decode(0.1 * torch.randn(1, space.latent_size, generator=generator(1)))[0]
     lora = space.layout.unpack(w)
     turned = {name: (-a, -b) for name, (a, b) in lora.items()}

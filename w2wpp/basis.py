@@ -250,7 +250,7 @@ class Basis:
 class AffineBasis:
     """Raw vectors up to an affine map: c = (w - shift) * scale, so K = P.
 
-    This is how the w2w++ seed's checkpoints see a LoRA (its first VAE reads w * 10); there is
+    This is how the checkpoints of the original w2w++ see a LoRA (its first VAE reads w * 10); there is
     nothing to whiten.
     """
 

@@ -67,8 +67,16 @@ def test_from_lora_files_to_a_trained_space(run, loras, dataset):
     code, result, _ = run(*train, "--codec", "pca", "--latent", 4, "-o", "pca.safetensors")
     assert code == 0 and load_space("pca.safetensors").latent_size == 4
 
-    seed = ("--codec", "seed", "--latent", 3, "--hidden", 8, 4, "--epochs", 2)
-    assert run("train", "data.safetensors", *seed, "-o", "seed.safetensors")[0] == 0
+    original = ("--latent", 3, "--hidden", 8, 4, "--epochs", 2)
+    fingerprints = set()
+    for name in ("original", "seed"):  # its older name
+        how = ("--codec", name, "--kl", name)
+        code, result, _ = run(
+            "train", "data.safetensors", *how, *original, "-o", "original.safetensors"
+        )
+        assert code == 0
+        fingerprints.add(result["fingerprint"])
+    assert len(fingerprints) == 1
     code, _, err = run("train", "data.safetensors", "-o", "x.safetensors")
     assert code == 1 and "run 'w2wpp fit-basis' on it first" in err
 
@@ -270,10 +278,16 @@ def test_train_learns_how_people_are_spread(run, layout):
     """Two kinds of people in one direction: the flow bends there, and the space still decodes what it encodes."""
     g = torch.Generator().manual_seed(3)
     kind = torch.where(torch.rand(200, 1, generator=g) < 0.4, 1.0, -1.0)
-    traits = torch.cat([kind + 0.05 * torch.randn(200, 1, generator=g), torch.randn(200, 3, generator=g)], dim=1)
+    traits = torch.cat(
+        [kind + 0.05 * torch.randn(200, 1, generator=g), torch.randn(200, 3, generator=g)], dim=1
+    )
     w = 0.02 * traits @ torch.randn(4, layout.size, generator=g)
-    write_dataset("data.safetensors", w, layout, torch.arange(200), heldout=torch.arange(200) >= 180)
-    assert run("fit-basis", "data.safetensors", "--components", 4, "-o", "basis.safetensors")[0] == 0
+    write_dataset(
+        "data.safetensors", w, layout, torch.arange(200), heldout=torch.arange(200) >= 180
+    )
+    assert (
+        run("fit-basis", "data.safetensors", "--components", 4, "-o", "basis.safetensors")[0] == 0
+    )
     train = ("train", "basis.safetensors", "--codec", "pca", "-o", "flow.safetensors")
     code, result, _ = run(*train, "--prior", "flow")
     assert code == 0 and result["flow"]["rounds"] >= 1

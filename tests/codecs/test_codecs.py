@@ -12,8 +12,8 @@ CONFIGS = {
     "pca": {"latent_size": K},
     "vae-skip": {"latent_size": 5, "hidden": [16, 8]},
     "vae-mlp": {"latent_size": 5, "hidden": [16, 8]},
-    "seed": {"latent_size": 5, "hidden": [16, 8]},
-    "seed-residual": {"latent_size": 5, "hidden": [16, 16]},
+    "original": {"latent_size": 5, "hidden": [16, 8]},
+    "original-residual": {"latent_size": 5, "hidden": [16, 16]},
 }
 
 
@@ -89,6 +89,16 @@ def test_wrong_sizes_are_refused(codec):
         codec.decode(torch.zeros(codec.latent_size))
 
 
+@pytest.mark.parametrize("name", ["original", "original-residual"])
+def test_files_keep_the_older_names_which_fingerprints_depend_on(name):
+    """A codec of the release that said "seed" opens, and one of today opens there."""
+    config = {"coefficient_size": K, **CONFIGS[name]}
+    older = name.replace("original", "seed")
+    for given in (name, older):
+        codec = build_codec({"name": given, **config})
+        assert codec.name == name and codec.config["name"] == older
+
+
 def test_unknown_names_and_options_are_refused():
     with pytest.raises(ConfigError, match="'gan'; this release has pca"):
         build_codec({"name": "gan"})
@@ -122,8 +132,8 @@ def test_skip_starts_at_the_best_variance_of_a_linear_codec():
     assert torch.allclose(found, best, rtol=1e-2)
 
 
-def test_seed_has_the_keys_and_the_shape_of_the_published_checkpoints():
-    codec = build_codec({"name": "seed", "coefficient_size": 30, "latent_size": 8}).eval()
+def test_original_has_the_keys_and_the_shape_of_the_published_checkpoints():
+    codec = build_codec({"name": "original", "coefficient_size": 30, "latent_size": 8}).eval()
     shapes = {k: tuple(t.shape) for k, t in codec.state_dict().items()}
     weights = {k: s for k, s in shapes.items() if k.endswith("weight")}
     assert weights == {

@@ -1,4 +1,4 @@
-"""The seed's checkpoints, against their architectures written again in plain torch."""
+"""Checkpoints of the original w2w++, against their architectures written again in plain torch."""
 
 from pathlib import Path
 
@@ -114,7 +114,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("kind, norms, how", CASES)
-def test_a_checkpoint_computes_what_the_seed_computes(tmp_path, layout, kind, norms, how):
+def test_a_checkpoint_computes_what_the_original_computes(tmp_path, layout, kind, norms, how):
     network = trained(kind, layout.size, norms)
     torch.save(wrapped(network, how), tmp_path / "vae.pt")
     read = read_vae(tmp_path / "vae.pt", layout=layout)
@@ -140,7 +140,7 @@ def test_the_command_at_full_size(run):
     network = trained(Vanilla, SD15.size, True)
     torch.save(network.state_dict(), "vae.pt")
     code, result, _ = run("import-vae", "vae.pt", "-o", "space.safetensors")
-    assert code == 0 and (result["codec"], result["latent_size"]) == ("seed", LATENT)
+    assert code == 0 and (result["codec"], result["latent_size"]) == ("original", LATENT)
     space = load_space("space.safetensors")
     z = torch.randn(2, LATENT, generator=generator(1))
     torch.testing.assert_close(space.decode(z), network.decode(z), atol=1e-6, rtol=1e-4)
@@ -161,7 +161,7 @@ def put(key, value):
 BAD = {
     "object": (lambda: {"model": Path("x")}, "pickled Python objects"),
     "tensor": (lambda: torch.ones(3), "holds no state dict"),
-    "other": (lambda: {"conv.weight": torch.ones(3)}, "is no VAE of the seed"),
+    "other": (lambda: {"conv.weight": torch.ones(3)}, "is no VAE of the original"),
     "norm": (lambda: changed(lambda s: s.pop("encoder.1.1.running_var")), "encoder.1.1 is incomplete"),
     "missing": (lambda: changed(lambda s: s.pop("final_layer.0.bias")), "e.g. final_layer.0.bias"),
     "unknown": (lambda: changed(put("more", torch.ones(2))), "e.g. more"),

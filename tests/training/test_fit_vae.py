@@ -14,7 +14,7 @@ from w2wpp import (
     transformer_layout,
 )
 from w2wpp.training.coefficients import Coefficients, components_among, project_dataset
-from w2wpp.training.config import VaeTraining, seed_training
+from w2wpp.training.config import VaeTraining, original_training
 from w2wpp.training.dataset import VectorDataset
 from w2wpp.training.fit_basis import fit_basis
 from w2wpp.training.fit_vae import fit_vae, linear_space, prior_of
@@ -204,7 +204,7 @@ def test_heavy_kl_collapses_and_the_report_says_so(coefficients, basis):
     assert kept["kl_total"] > 4 * 0.3  # a KL below half a nat per unit costs nothing
 
 
-@pytest.mark.parametrize("kl", ["off", "linear", "cyclical", "sigmoid", "seed"])
+@pytest.mark.parametrize("kl", ["off", "linear", "cyclical", "sigmoid", "original"])
 def test_every_schedule_trains(coefficients, basis, kl):
     seen = []
     fit_vae(coefficients, basis, dataclasses.replace(SHORT, kl=kl, warmup=3), callback=seen.append)
@@ -212,15 +212,15 @@ def test_every_schedule_trains(coefficients, basis, kl):
     assert seen[0].beta == {"off": 1e-3, "sigmoid": pytest.approx(2.5e-6, rel=0.1)}.get(kl, 0)
 
 
-def test_seed_recipe_on_raw_vectors(dataset, tmp_path):
+def test_original_recipe_on_raw_vectors(dataset, tmp_path):
     affine = AffineBasis(dataset.layout.size, scale=10.0)
-    recipe = seed_training(latent=4, hidden=(16, 8), epochs=3)
+    recipe = original_training(latent=4, hidden=(16, 8), epochs=3)
     space = fit_vae(dataset, affine, recipe, provenance={"name": "as it was"})
     save_space(space, tmp_path / "s")
     read = load_space(tmp_path / "s")
-    assert read.codec.name == "seed" and read.basis.config() == affine.config()
+    assert read.codec.name == "original" and read.basis.config() == affine.config()
     assert space.decode(torch.randn(2, 4)).abs().max() <= 0.1  # tanh / 10
-    assert read.training_report["settings"]["kl"] == "seed"
+    assert read.training_report["settings"]["kl"] == "original"
 
 
 def test_report_travels_in_the_file(coefficients, basis, tmp_path):

@@ -35,13 +35,13 @@ def test_cyclical_rises_four_times():
 
 def test_seed_is_the_published_one():
     expected = [0] * 5 + [0.001, 0.002, 0.003, 0.004, 0.005, 0.005, 0.005]
-    assert weights("seed", range(12)) == pytest.approx(expected)
-    assert weights("seed", [4.9, 5.9]) == pytest.approx([0, 0.001])  # one step per whole epoch
+    assert weights("original", range(12)) == pytest.approx(expected)
+    assert weights("original", [4.9, 5.9]) == pytest.approx([0, 0.001])  # one step per whole epoch
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_all_end_at_their_final_weight(name):
-    final = 0.005 if name == "seed" else 0.4
+    final = 0.005 if name == "original" else 0.4
     assert weights(name, [20])[0] == pytest.approx(final, rel=1e-2)
     assert all(0 <= w <= 0.4 for w in weights(name))
 
@@ -57,3 +57,9 @@ def test_bad_settings_are_refused():
     for change in ({"beta": -1}, {"beta": math.nan}, {"warmup": 0}, {"total": 0}):
         with pytest.raises(ConfigError, match="beta >= 0"):
             weights("linear", **change)
+
+
+def test_the_schedule_of_the_original_answers_to_its_older_name():
+    arguments = {"beta": 0.4, "warmup": 10.0, "epochs": 20}
+    old, new = (kl_schedule(name, **arguments) for name in ("seed", "original"))
+    assert [old(e / 2) for e in range(40)] == [new(e / 2) for e in range(40)]

@@ -35,7 +35,7 @@ def register(verbs: Any) -> None:
     p.add_argument("-o", "--output", required=True, metavar="ID")
     p.set_defaults(run=import_identity)
 
-    p = verbs.add_parser("import-vae", help="a checkpoint of the w2w++ seed's VAEs")
+    p = verbs.add_parser("import-vae", help="a checkpoint of one of the original w2w++ VAEs")
     p.add_argument("checkpoint", metavar="CKPT")
     p.add_argument("--layout", default="sd15", help="sd15, or a space or data set that has it")
     p.add_argument("--name", default="", help="stored in the space file")

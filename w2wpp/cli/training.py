@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..basis import AffineBasis, AnyBasis
 from ..codecs import CODECS
+from ..codecs import OLDER_NAMES as OLDER_CODECS
 from ..encode import aligned, vector_in
 from ..errors import ConfigError, DataError, FormatError, reading
 from ..files.container import open_container
@@ -32,7 +33,7 @@ from ..training.coefficients import (
     save_coefficients,
 )
 from ..training.compute import Compute
-from ..training.config import VaeTraining, seed_training
+from ..training.config import VaeTraining, original_training
 from ..training.dataset import holdout_by_identity, load_dataset, write_dataset
 from ..training.directions import report as directions_report
 from ..training.directions import space_directions
@@ -42,8 +43,10 @@ from ..training.fit_vae import fit_vae, linear_space
 from ..training.ranks import current_ranks
 from ..training.report import without_curves
 from ..training.run import Progress
+from ..training.schedules import OLDER_NAMES as OLDER_SCHEDULES
 from ..training.schedules import SCHEDULES
 from ..weight_metric import METRICS
+from .renamed import renamed
 
 LAYOUTS = {"sd15": SD15}
 HELP = {  # options of `train` that set a field of VaeTraining of the same name
@@ -112,15 +115,19 @@ def register(verbs: Any) -> None:
     p.add_argument(
         "basis",
         metavar="BASIS",
-        help="from fit-basis, or a folder of official w2w files; for --codec seed a data set",
+        help="from fit-basis, or a folder of official w2w files; for --codec original a data set",
     )
     p.add_argument(
         "--components",
         type=int,
         help="of a folder of official files (default: all that have coefficients)",
     )
-    p.add_argument("--codec", choices=sorted(CODECS), default=VaeTraining.codec)
-    p.add_argument("--kl", choices=sorted(SCHEDULES), help="KL annealing")
+    p.add_argument(
+        "--codec", type=renamed(OLDER_CODECS), choices=sorted(CODECS), default=VaeTraining.codec
+    )
+    p.add_argument(
+        "--kl", type=renamed(OLDER_SCHEDULES), choices=sorted(SCHEDULES), help="KL annealing"
+    )
     p.add_argument("--hidden", type=int, nargs="*", help="widths of the networks")
     types = {f.name: type(f.default) for f in fields(VaeTraining)}
     for name, text in HELP.items():
@@ -284,7 +291,7 @@ def _training_input(args: argparse.Namespace) -> tuple[Coefficients, AnyBasis]:
         return _w2w_input(args)
     kind = open_container(args.basis).metadata.get("format")
     if kind == "w2wpp.dataset":
-        if args.codec != "seed":
+        if args.codec != "original":
             raise FormatError(f"{args.basis} is a data set; run 'w2wpp fit-basis' on it first.")
         data = load_dataset(args.basis)
         affine = AffineBasis(data.layout.size, scale=10.0)
@@ -298,8 +305,10 @@ def _training_input(args: argparse.Namespace) -> tuple[Coefficients, AnyBasis]:
 
 def _w2w_input(args: argparse.Namespace) -> tuple[Coefficients, AnyBasis]:
     """Official files: V.pt and the coefficients of the real identities, whose licence the space inherits."""
-    if args.codec == "seed":
-        raise ConfigError("The seed's codec learns from raw vectors; official files hold none.")
+    if args.codec == "original":
+        raise ConfigError(
+            "The original codec learns from raw vectors, which official files do not hold."
+        )
     args.licence, args.trigger_prompt = (
         args.licence or LICENCE,
         args.trigger_prompt or TRIGGER_PROMPT,
@@ -319,8 +328,8 @@ def _settings(args: argparse.Namespace) -> VaeTraining:
         changes["kl"] = args.kl
     if args.hidden is not None:
         changes["hidden"] = tuple(args.hidden)
-    if args.codec == "seed":
-        return seed_training(**changes)
+    if args.codec == "original":
+        return original_training(**changes)
     return VaeTraining(codec=args.codec, **changes)
 
 

@@ -9,20 +9,22 @@ from torch import nn
 
 from ..errors import ConfigError
 from .base import Codec, Posterior
-from .original import Seed
-from .original_residual import SeedResidual
+from .original import Original
+from .original_residual import OriginalResidual
 from .pca import PCA
 from .vae_mlp import MLPVAE
 from .vae_skip import SkipVAE
 
 DEEPEST, WIDEST = 100, 2**24  # layers and units; far beyond what anybody trains
-CODECS: dict[str, Any] = {c.name: c for c in (PCA, SkipVAE, MLPVAE, Seed, SeedResidual)}
+CODECS: dict[str, Any] = {c.name: c for c in (PCA, SkipVAE, MLPVAE, Original, OriginalResidual)}
+OLDER_NAMES = {c.stored_name: name for name, c in CODECS.items() if c.stored_name}
 
 
 def build_codec(config: Mapping[str, Any], *, operations: Any = nn) -> Codec:
     """A codec with fresh weights from its configuration; `operations` makes the layers."""
     options = dict(config)
     name = options.pop("name", None)
+    name = OLDER_NAMES.get(name, name)
     if not isinstance(name, str) or name not in CODECS:
         raise ConfigError(f"Unknown codec {name!r}; this release has {', '.join(CODECS)}.")
     _check_options(options)
@@ -52,4 +54,4 @@ def _check_options(options: Mapping[str, Any]) -> None:
         raise ConfigError(f"The dropout of a codec lies in [0, 1). Got {dropout!r}.")
 
 
-__all__ = ["CODECS", "Codec", "Posterior", "build_codec"]
+__all__ = ["CODECS", "OLDER_NAMES", "Codec", "Posterior", "build_codec"]

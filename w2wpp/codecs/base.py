@@ -63,6 +63,7 @@ class Codec(nn.Module):
     """
 
     name: ClassVar[str]
+    stored_name: ClassVar[str] = ""  # in files, where it was another from the first; fingerprints depend on it
 
     def __init__(self, coefficient_size: int, latent_size: int) -> None:
         super().__init__()
@@ -90,7 +91,7 @@ class Codec(nn.Module):
     def config(self) -> dict[str, Any]:
         """Everything that `build_codec` needs to make this architecture again."""
         sizes = {"coefficient_size": self.coefficient_size, "latent_size": self.latent_size}
-        return {"name": self.name, **sizes, **self.options()}
+        return {"name": self.stored_name or self.name, **sizes, **self.options()}
 
     def options(self) -> dict[str, Any]:
         return {}

@@ -1,4 +1,4 @@
-"""The w2w++ seed's vanilla VAE: raw vectors times ten in, tanh out."""
+"""The vanilla VAE of the original w2w++: raw vectors times ten in, tanh out."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import nn
 from .vae_mlp import MLPVAE
 
 
-class Seed(MLPVAE):
+class Original(MLPVAE):
     """P -> 2048 -> 1024 -> d and back, then tanh.
 
     Use with `AffineBasis(P, scale=10)`: a decoded vector is tanh(...) / 10.
     """
 
-    name = "seed"
+    name, stored_name = "original", "seed"
     whitened = False  # raw vectors; and the published checkpoints hold no gain
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The w2w++ seed's residual VAE: raw vectors scaled to [-1, 1], blocks with layer norms and shortcuts."""
+"""The residual VAE of the original w2w++: raw vectors scaled to [-1, 1], blocks with layer norms and shortcuts."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from ..errors import ConfigError
 from .base import LOGVAR_MAX, LOGVAR_MIN, Codec, Posterior
 
 
-class SeedResidual(Codec):
-    """P -> h, residual blocks at h, heads to d, and back. Parameter names are those of the seed's checkpoints.
+class OriginalResidual(Codec):
+    """P -> h, residual blocks at h, heads to d, and back. Parameter names are those of its published checkpoints.
 
     `hidden` names the width h once per block and side; `inner` the widths between the two linear
     layers of first_layer, fc_mu, fc_var and final_layer and inside of the blocks, all h by default.
     Use with the affine basis that takes the published range of weights to [-1, 1].
     """
 
-    name = "seed-residual"
+    name, stored_name = "original-residual", "seed-residual"
 
     def __init__(
         self,
@@ -33,7 +33,7 @@ class SeedResidual(Codec):
         super().__init__(coefficient_size, latent_size)
         if not hidden or len(set(hidden)) != 1 or len(inner) not in (0, 5):
             raise ConfigError(
-                "seed-residual needs one width for all its blocks and five inner widths or none. "
+                "original-residual needs one width for all its blocks and five inner widths or none. "
                 f"Got {hidden=} and {inner=}."
             )
         h = hidden[0]

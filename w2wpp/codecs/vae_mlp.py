@@ -1,4 +1,4 @@
-"""The plain VAE in the shape of the w2w++ seed, here on whitened coefficients."""
+"""The plain VAE in the shape of the original w2w++, here on whitened coefficients."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .base import LOGVAR_MAX, LOGVAR_MIN, Codec, Posterior
 class MLPVAE(Codec):
     """K -> hidden -> d and back, LeakyReLU 0.01 between linear layers.
 
-    Parameter names are those of the seed's checkpoints. The gain g [K] (deviation of each
+    Parameter names are those of the original checkpoints. The gain g [K] (standard deviation of each
     coefficient relative to the first) undoes the whitening at the entrance: with nearly as many
     components as training rows, whitened rows are all orthogonal and tell nothing of each other.
     """

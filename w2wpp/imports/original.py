@@ -1,4 +1,4 @@
-"""Checkpoints of the w2w++ seed: its vanilla and its residual VAE, as spaces on raw vectors."""
+"""Checkpoints of the original w2w++: its vanilla and its residual VAE, as spaces on raw vectors."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def read_vae(path: str | os.PathLike[str], *, layout: Layout = SD15, name: str =
         basis = AffineBasis(layout.size, scale=VANILLA_SCALE)
     else:
         raise FormatError(
-            f"{path} is no VAE of the seed: it has neither encoder.0.0.weight (vanilla) nor "
+            f"{path} is no VAE of the original w2w++: it has neither encoder.0.0.weight (vanilla) nor "
             f"first_layer.0.weight (residual). Its first weight is {next(iter(stored), 'none')}."
         )
     if codec.coefficient_size != layout.size:
@@ -43,12 +43,12 @@ def read_vae(path: str | os.PathLike[str], *, layout: Layout = SD15, name: str =
             f"'{layout.name}' has {layout.size:,}. Name the layout of its LoRAs with --layout."
         )
     facts = {
-        "name": name or "seed VAE",
+        "name": name or "original VAE",
         "version": "1",
         "licence": LICENCE,
         "trigger_prompt": TRIGGER_PROMPT,
         "made_by": "w2wpp import-vae",
-        "prior": "N(0, I), as the seed samples",
+        "prior": "N(0, I), as the original samples",
         "training_report": {"codec": codec.config, **parts},
     }
     d = codec.latent_size
@@ -90,7 +90,7 @@ def _vanilla(path: str | os.PathLike[str], stored: Weights) -> Codec:
         "coefficient_size": _in(path, stored, "encoder.0.0"),
         "latent_size": _out(path, stored, "fc_mu"),
     }
-    return _filled(path, {"name": "seed", **sizes, "hidden": widths}, stored)
+    return _filled(path, {"name": "original", **sizes, "hidden": widths}, stored)
 
 
 def _residual(path: str | os.PathLike[str], stored: Weights) -> Codec:
@@ -98,7 +98,7 @@ def _residual(path: str | os.PathLike[str], stored: Weights) -> Codec:
     width = _out(path, stored, "first_layer.2")
     heads = ("first_layer.0", "fc_mu.0", "fc_var.0", "final_layer.0", "encoder.0.block.0")
     config = {
-        "name": "seed-residual",
+        "name": "original-residual",
         "coefficient_size": _in(path, stored, "first_layer.0"),
         "latent_size": _out(path, stored, "fc_mu.2"),
         "hidden": [width] * blocks,

@@ -17,7 +17,7 @@ class VaeTraining:
 
     reconstruction "explained" is the share of variance left unexplained (1 for the training mean),
     weighted by the squared singular values, so a squared error in weight space; "mse" is a plain
-    mean over coefficients, as the seed has it. KL is the mean over latent dimensions, in nats, each
+    mean over coefficients, as the original w2w++ has it. KL is the mean over latent dimensions, in nats, each
     dimension counted at `free_bits` at least.
     """
 
@@ -31,7 +31,7 @@ class VaeTraining:
     weight_decay: float = 1e-2  # on matrices, not on biases
     input_noise: float = 0.0  # deviation of noise on the coefficients that the encoder reads
     reconstruction: str = "explained"  # or "mse"
-    kl: str = "linear"  # annealing: off, linear, cyclical, sigmoid or seed
+    kl: str = "linear"  # annealing: off, linear, cyclical, sigmoid or original
     beta: float = 1e-3  # final weight of the KL term
     warmup: float = 40.0  # epochs of annealing, where the schedule has any
     free_bits: float = 0.0  # nats per latent dimension that cost nothing (Kingma et al. 2016)
@@ -76,17 +76,17 @@ class VaeTraining:
         return {**data, "hidden": None if self.hidden is None else list(self.hidden)}
 
 
-def seed_training(**changes: Any) -> VaeTraining:
-    """The w2w++ seed's recipe, for `AffineBasis(P, scale=10)`; it had no early stopping."""
+def original_training(**changes: Any) -> VaeTraining:
+    """The recipe of the original w2w++, for `AffineBasis(P, scale=10)`; it had no early stopping."""
     recipe = {
-        "codec": "seed",
+        "codec": "original",
         "latent": 512,
         "epochs": 100,
         "batch": 64,
         "lr": 1e-4,
         "weight_decay": 0.0,
         "reconstruction": "mse",
-        "kl": "seed",
+        "kl": "original",
         "beta": 0.005,
         "validation": 0.0,
         "patience": 0,

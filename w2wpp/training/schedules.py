@@ -37,8 +37,8 @@ def cyclical(beta: float, warmup: float, epochs: float) -> Schedule:
     return weight
 
 
-def seed(beta: float, warmup: float, epochs: float) -> Schedule:
-    """The w2w++ seed's own: 0 for five epochs, then 0.001 to 0.005 over four; a step per whole epoch."""
+def original(beta: float, warmup: float, epochs: float) -> Schedule:
+    """That of the original w2w++: 0 for five epochs, then 0.001 to 0.005 over four; a step per whole epoch."""
 
     def weight(epoch: float) -> float:
         rise = math.floor(epoch) - 5
@@ -47,11 +47,13 @@ def seed(beta: float, warmup: float, epochs: float) -> Schedule:
     return weight
 
 
-SCHEDULES = {f.__name__: f for f in (off, linear, sigmoid, cyclical, seed)}
+SCHEDULES = {f.__name__: f for f in (off, linear, sigmoid, cyclical, original)}
+OLDER_NAMES = {"seed": "original"}
 
 
 def kl_schedule(name: str, *, beta: float, warmup: float, epochs: float) -> Schedule:
-    """A schedule by name. `beta` is the final weight (the preset `seed` brings its own), times are in epochs."""
+    """A schedule by name. `beta` is the final weight (the preset `original` brings its own), times are in epochs."""
+    name = OLDER_NAMES.get(name, name)
     if name not in SCHEDULES:
         raise ConfigError(f"KL annealing is one of {', '.join(SCHEDULES)}. Got {name!r}.")
     if not (math.isfinite(beta) and beta >= 0) or warmup <= 0 or epochs <= 0:

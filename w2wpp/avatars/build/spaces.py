@@ -13,7 +13,7 @@ from ...basis import AffineBasis
 from ...space import Space
 from ...spacefile import load_space, save_space
 from ...training.coefficients import project_dataset
-from ...training.config import VaeTraining, seed_training
+from ...training.config import VaeTraining, original_training
 from ...training.dataset import VectorDataset, write_dataset
 from ...training.fit_basis import fit_basis
 from ...training.fit_vae import fit_vae, linear_space
@@ -50,7 +50,7 @@ def train_spaces(
             return linear_space(dataset, basis.truncated(PCA_SIZES[name]), provenance=about)
         if name in VAES:
             return fit_vae(coefficients, basis, VAES[name], provenance=about)
-        return fit_vae(dataset, raw, seed_training(epochs=40), provenance=about)
+        return fit_vae(dataset, raw, original_training(epochs=40), provenance=about)
 
     written = []
     sizes = {**PCA_SIZES, **{name: settings.latent for name, settings in VAES.items()}}
