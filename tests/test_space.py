@@ -21,7 +21,7 @@ from w2wpp import (
     load_space,
     save_space,
 )
-from w2wpp.files.container import open_container, write_container
+from w2wpp.files.container import Container, open_container, write_container
 from w2wpp.space import compact
 from w2wpp.spacefile import find_space
 
@@ -284,6 +284,21 @@ def test_find_space_by_fingerprint(space, stored, tmp_path):
     assert find_space(space.fingerprint, [tmp_path]) == stored
     with pytest.raises(SpaceMismatch, match="Name the space file"):
         find_space("0" * 32, [tmp_path])
+
+
+def test_what_lies_beside_the_coordinates_changes_without_reading_them(stored, monkeypatch):
+    space, read = load_space(stored), Container.read
+    names = []
+
+    def spy(self, name, **kwargs):
+        names.append(name)
+        return read(self, name, **kwargs)
+
+    monkeypatch.setattr(Container, "read", spy)
+    other = space.with_(provenance={"name": "other"}, directions={})
+    assert other.fingerprint == space.fingerprint and other.name == "other" and not names
+    with pytest.raises(ConfigError, match="Got prior_mean"):
+        space.with_(prior_mean=space.prior_mean + 1)
 
 
 def test_spaces_are_immutable(space):

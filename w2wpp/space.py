@@ -227,8 +227,25 @@ class Space:
             start=None if self.start is None else copy.deepcopy(self.start).to(device),
             flow=None if self.flow is None else copy.deepcopy(self.flow).to(device),
         )
-        vars(moved)["fingerprint"] = self.fingerprint
-        return moved
+        return moved.known_as(self.fingerprint)
+
+    def with_(self, **changes: Any) -> Space:
+        """The same coordinates with another provenance, other directions or another start network.
+
+        The fingerprint stays, without reading any weights. Raises ConfigError for parts that coordinates depend on.
+        """
+        beside = ("provenance", "directions", "start")
+        if wrong := sorted(changes.keys() - set(beside)):
+            raise ConfigError(
+                f"What can change in a space without making it another one is {', '.join(beside)}. Got {wrong[0]}."
+            )
+        other = replace(self, **changes)
+        return other.known_as(self.fingerprint) if "fingerprint" in vars(self) else other
+
+    def known_as(self, fingerprint: str) -> Space:
+        """This space, with a fingerprint that was computed before; computing it would read every tensor."""
+        vars(self)["fingerprint"] = fingerprint
+        return self
 
     def tensors(self) -> dict[str, Tensor]:
         """What decides how latents become vectors, as files store it: half precision wherever that loses nothing."""

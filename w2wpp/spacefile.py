@@ -54,7 +54,7 @@ def save_space(space: Space, path: str | os.PathLike[str]) -> None:
     start: dict[str, Tensor] = {}
     if space.start is not None:
         config["start"] = space.start.config
-        start = {f"start.{n}": t.detach().cpu().half() for n, t in space.start.state_dict().items()}
+        start = _start_tensors(space.start)
     tensors: dict[str, Tensor | Streamed] = {**space.tensors(), **directions, **start}
     version = "1" if space.flow is None else "2"
     if isinstance(space.basis, DeltaBasis):
@@ -112,8 +112,7 @@ def _space(file: Container) -> Space:
         _start(file, file.config["start"]) if "start" in file.config else None,
         _flow(file, file.config["flow"]) if "flow" in file.config else None,
     )
-    vars(space)["fingerprint"] = fingerprint  # as written; computing it would read every tensor
-    return space
+    return space.known_as(fingerprint)
 
 
 def save_directions(
@@ -127,24 +126,68 @@ def save_directions(
     Everything else stays as it is, byte by byte, also what this release does not know.
     """
     latent_size = load_space(source).latent_size
-    file = open_container(source, FORMAT, versions=VERSIONS)
     wrong = [n for n, t in directions.items() if tuple(t.shape) != (latent_size,)]
     if wrong or not all(bool(torch.isfinite(t).all()) for t in directions.values()):
-        raise ConfigError(
-            f"Directions of this space are [{latent_size}], all finite. Got others: {', '.join(wrong) or 'NaN'}."
-        )
-    tensors: dict[str, Tensor | Streamed] = {n: copied(file, n) for n in file.entries}
-    tensors.update({f"direction.{n}": compact(t.detach().cpu()) for n, t in directions.items()})
+        raise ConfigError(f"Directions of this space are [{latent_size}], finite: {wrong}.")
+    file = open_container(source, FORMAT, versions=VERSIONS)
     provenance = {**file.config["provenance"], "directions": dict(report)}
+    found = {f"direction.{n}": compact(t.detach().cpu()) for n, t in directions.items()}
+    _rewrite(file, path, found, {"provenance": provenance})
+
+
+def save_start(
+    source: str | os.PathLike[str], path: str | os.PathLike[str], start: StartNetwork
+) -> None:
+    """A copy of a space file with a start network, in place of the one it may have; the rest stays byte by byte."""
+    latent_size = load_space(source).latent_size
+    if start.latent_size != latent_size:
+        raise ConfigError(
+            f"The latents of this space have {latent_size} dimensions, those of the start network {start.latent_size}."
+        )
+    file = open_container(source, FORMAT, versions=VERSIONS)
+    _rewrite(file, path, _start_tensors(start), {"start": start.config}, instead_of="start.")
+
+
+def same_coordinates(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> bool:
+    """Whether latents mean the same people in two space files."""
+    one, other = (open_container(path, FORMAT, versions=VERSIONS) for path in (a, b))
+    return bool(one.config.get("fingerprint") == other.config.get("fingerprint"))
+
+
+def extras(path: str | os.PathLike[str]) -> list[str]:
+    """What a space file holds that only means something in its own coordinates: directions, a start network."""
+    names = open_container(path, FORMAT, versions=VERSIONS).entries
+    kinds = {"directions": "direction.", "a start network": "start."}
+    return [kind for kind, prefix in kinds.items() if any(n.startswith(prefix) for n in names)]
+
+
+def _rewrite(
+    file: Container,
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    *,
+    instead_of: str | None = None,
+) -> None:
+    """A copy of a file, piece by piece, with some tensors and parts of the configuration added or replaced.
+
+    Tensors whose names begin with `instead_of` are left out.
+    """
+    stay = [n for n in file.entries if instead_of is None or not n.startswith(instead_of)]
     own = ("format", "format_version", "config")
     write_container(
         path,
-        tensors,
+        {**{n: copied(file, n) for n in stay}, **tensors},
         format=FORMAT,
         version=file.metadata["format_version"],
-        config={**file.config, "provenance": provenance},
+        config={**file.config, **config},
         metadata={k: v for k, v in file.metadata.items() if k not in own},
     )
+
+
+def _start_tensors(start: StartNetwork) -> dict[str, Tensor]:
+    """As files hold them: under their names, in half precision."""
+    return {f"start.{n}": t.detach().cpu().half() for n, t in start.state_dict().items()}
 
 
 def find_space(fingerprint: str, folders: Iterable[Path] = ()) -> Path:

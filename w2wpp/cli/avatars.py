@@ -1,18 +1,19 @@
 """The command line of the miniature world: ``w2wpp demo``, ``w2wpp evaluate`` and ``w2wpp avatars STAGE``.
 
-Everything that ``models/`` ships comes out of the stages, in this order: base, embedder, loras, gate, spaces.
-This file only parses; what needs diffusers is imported when a verb runs.
+Everything that ``models/`` ships comes out of the stages. What needs diffusers is imported when a verb runs.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..avatars.places import MODELS, RESULTS
+from ..avatars.places import MODELS, WORK, World
+from ..avatars.stages import BASE, DATASET, NAMED, SHIPPED, STAGES, Stage, require_inputs
+from ..errors import ConfigError
 from ..inversion import METHODS
+from .printing import Result, log
 
 
 def register(verbs: Any) -> None:
@@ -23,50 +24,51 @@ def register(verbs: Any) -> None:
     avatars = verbs.add_parser("avatars", help="build the miniature world, stage by stage")
     stages = avatars.add_subparsers(dest="stage", required=True, metavar="STAGE")
 
-    base = _stage(stages, "base", "train the base model")
+    made = {stage.name: _stage(stages, stage) for stage in STAGES}
+
+    base = made["base"]
     base.add_argument("--processes", type=int, default=2, help="share each batch among these")
-    base.add_argument("-o", "--output", type=Path, default=MODELS / "avatar-base.safetensors")
 
-    embedder = _stage(stages, "embedder", "train the embedder that gives ID scores")
-    embedder.add_argument(
-        "-o", "--output", type=Path, default=MODELS / "avatar-embedder.safetensors"
-    )
-
-    loras = _stage(stages, "loras", "fine-tune a LoRA for every person")
+    loras = made["loras"]
     loras.add_argument("--people", type=int, help="how many (default 1000, a fifth held out)")
     loras.add_argument("--conditions", choices=("common", "own"), default="common")
     loras.add_argument("--workers", type=int, default=2, help="single-threaded processes")
 
-    gate = _stage(stages, "gate", "measure whether a space could learn from the LoRAs")
-    gate.add_argument("--data", type=Path, help="data set (default: the one in the work folder)")
-    gate.add_argument("-o", "--output", type=Path, default=RESULTS / "world.json")
-
-    spaces = _stage(stages, "spaces", "train every space that the evaluation compares")
-    spaces.add_argument("--data", type=Path, help="data set (default: the one in the work folder)")
-    spaces.add_argument(
-        "-o", "--output", type=Path, help="folder (default: spaces/ in the work folder)"
+    for name in ("gate", "spaces", "start", "directions"):
+        made[name].add_argument(
+            "--data", type=Path, help="data set (default: the one in the work folder)"
+        )
+    outputs = {
+        "base": "default: the base in models/",
+        "embedder": "default: the embedder in models/",
+        "gate": "JSON (default: benchmarks/results/world.json)",
+        "spaces": "folder (default: spaces/ in the work folder)",
+        "directions": "JSON (default: benchmarks/results/directions.json)",
+    }
+    for name, text in outputs.items():
+        made[name].add_argument("-o", "--output", type=Path, help=text)
+    shipping = {
+        "spaces": "also write the shipped ones to models/",
+        "start": "also into both spaces of models/",
+        "directions": "store what passes in the spaces",
+    }
+    for name, text in shipping.items():
+        made[name].add_argument("--ship", action="store_true", help=text)
+    made["spaces"].add_argument(
+        "--replace",
+        action="store_true",
+        help="ship new latents where directions and start networks of other ones would be lost",
     )
-    spaces.add_argument(
-        "--ship", action="store_true", help="also write the shipped ones to models/"
+    for name, text in (
+        ("start", "files to write it into"),
+        ("directions", "default: both that ship"),
+    ):
+        made[name].add_argument(
+            "--space", nargs="+", type=Path, metavar="SPACE", default=[], help=text
+        )
+    made["directions"].add_argument(
+        "--people", type=int, default=32, help="half held out, half drawn"
     )
-
-    directions = _stage(stages, "directions", "find and measure attribute directions")
-    directions.add_argument(
-        "--space", nargs="+", type=Path, metavar="SPACE", help="default: both that ship"
-    )
-    directions.add_argument("--data", type=Path, help="data set with labels (default: as above)")
-    directions.add_argument("--people", type=int, default=32, help="half held out, half drawn")
-    directions.add_argument("--ship", action="store_true", help="store what passes in the spaces")
-    directions.add_argument("-o", "--output", type=Path, default=RESULTS / "directions.json")
-
-    start = _stage(stages, "start", "train the network that starts inversions, into space files")
-    start.add_argument(
-        "--space", nargs="+", type=Path, metavar="SPACE", default=[], help="files to write it into"
-    )
-    start.add_argument("--data", type=Path, help="data set with labels (default: as above)")
-    start.add_argument("--ship", action="store_true", help="also into both spaces of models/")
-
-    _stage(stages, "list", "write models/README.md: sizes and checksums of what ships")
 
 
 def _register_demo(verbs: Any) -> None:
@@ -76,7 +78,7 @@ def _register_demo(verbs: Any) -> None:
     )
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--truncation", type=float, default=0.9, help="below 1: closer to the mean")
-    parser.set_defaults(run=_later("demo"))
+    parser.set_defaults(run=run_demo)
 
 
 def _register_evaluate(verbs: Any) -> None:
@@ -106,7 +108,7 @@ def _register_evaluate(verbs: Any) -> None:
         metavar="FILE",
         help="JSON; a table and plots are written beside it",
     )
-    parser.set_defaults(run=_later("evaluate"))
+    parser.set_defaults(run=run_evaluate)
 
 
 def _register_invert(verbs: Any) -> None:
@@ -120,28 +122,66 @@ def _register_invert(verbs: Any) -> None:
         "--checkpoint", type=Path, metavar="FILE", help="saved there; taken up again if it exists"
     )
     parser.add_argument("--seed", type=int, default=0)
-    parser.set_defaults(run=_later("invert"))
+    parser.set_defaults(run=run_invert)
 
 
-def _stage(stages: Any, name: str, text: str) -> Any:
-    parser = stages.add_parser(name, help=text)
+def _stage(stages: Any, stage: Stage) -> Any:
+    parser = stages.add_parser(stage.name, help=stage.help)
     parser.add_argument(
-        "--work", type=Path, default=Path("world"), help="folder for checkpoints and data"
+        "--work", type=Path, default=WORK, help="folder for checkpoints and data (default: world/)"
     )
     parser.add_argument(
         "--json", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS
     )
-    parser.set_defaults(run=_later(name))
+    parser.set_defaults(run=run_stage)
     return parser
 
 
-def _later(name: str) -> Callable[[argparse.Namespace], dict[str, Any]]:
-    """The function ``name`` of ``stages``, imported when it is called."""
+def run_stage(args: argparse.Namespace) -> Result:
+    stage, world = NAMED[args.stage], World(work=args.work)
+    options = {
+        k: v for k, v in vars(args).items() if k not in ("verb", "stage", "work", "run", "json")
+    }
+    require_inputs(
+        stage,
+        world,
+        given=[DATASET] * bool(options.get("data")) + list(SHIPPED) * bool(options.get("space")),
+    )
+    from ..avatars import making
 
-    def run(args: argparse.Namespace) -> dict[str, Any]:
-        from ..avatars import stages
+    result: Result = getattr(making, f"make_{stage.name}")(world, log, **options)
+    return result
 
-        result: dict[str, Any] = getattr(stages, f"run_{name}")(args)
-        return result
 
-    return run
+def run_demo(args: argparse.Namespace) -> Result:
+    from ..avatars.measure.demo import make_demo
+
+    return make_demo(args.output, models=MODELS, seed=args.seed, truncation=args.truncation)
+
+
+def run_invert(args: argparse.Namespace) -> Result:
+    from ..avatars.measure.portrait import invert_file, say
+
+    return invert_file(
+        args.space,
+        args.image,
+        args.output,
+        base_path=World().at(BASE),
+        method=args.method,
+        mask_path=args.mask,
+        seed=args.seed,
+        callback=say(log),
+        checkpoint=args.checkpoint,
+    )
+
+
+def run_evaluate(args: argparse.Namespace) -> Result:
+    from ..avatars.measure.reports import report_inversion, report_spaces
+
+    common = {"data": args.data, "people": args.people, "workers": args.workers}
+    common |= {"output": args.output, "callback": log}
+    if args.inversion:
+        return report_inversion(args.space, World(), rows=args.rows, **common)
+    if not args.space:
+        raise ConfigError("Name the spaces to evaluate, or ask for --inversion.")
+    return report_spaces(args.space, World(), sampled=args.sampled, **common)

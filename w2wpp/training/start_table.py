@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from ..files.text import finite_number, read_csv
 from ..identity import load_identity, require_same_space
 from ..metrics import pooled_r2
 from ..space import Space
-from ..spacefile import load_space, save_space
+from ..spacefile import load_space, save_start
 from ..start_network import StartNetwork
 from .dataset import VectorDataset, load_dataset
 from .directions import encode_rows
@@ -125,7 +125,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         answer = answer.stretched(share)
     start = start_from_reader(reader, answer, scale=args.scale)
     output = args.output or args.space
-    save_space(replace(space, start=start), output)
+    save_start(args.space, output, start)
     report = {
         "space": str(output),
         "pictures": len(table.pictures),

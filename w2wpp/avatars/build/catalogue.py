@@ -6,21 +6,14 @@ import hashlib
 from pathlib import Path
 
 from ...files.container import open_container
+from ..stages import commands_for
 
-# Name, what it is, and the commands that make it, in their order.
-SPACE = ("avatars spaces --ship", "avatars start --ship", "avatars directions --ship")
 FILES = {
-    "avatar-base.safetensors": ("the diffusion model of 32x32 avatars", ("avatars base",)),
-    "avatar-embedder.safetensors": (
-        "reads identity and words from a picture",
-        ("avatars embedder",),
-    ),
-    "avatars.safetensors": ("the default space (w2w++)", SPACE),
-    "avatars-pca.safetensors": ("the linear space of the same size (w2w)", SPACE),
-    "avatars-heldout.safetensors": (
-        "LoRAs of held-out people, for `w2wpp evaluate`",
-        ("avatars spaces --ship",),
-    ),
+    "avatar-base.safetensors": "the diffusion model of 32x32 avatars",
+    "avatar-embedder.safetensors": "reads identity and words from a picture",
+    "avatars.safetensors": "the default space (w2w++)",
+    "avatars-pca.safetensors": "the linear space of the same size (w2w)",
+    "avatars-heldout.safetensors": "LoRAs of held-out people, for `w2wpp evaluate`",
 }
 HEAD = """# What ships
 
@@ -36,12 +29,12 @@ written by `w2wpp avatars list`. Training again does not give the same bytes.
 def catalogue(models: Path) -> str:
     """The page for the files in ``models``."""
     lines = []
-    for name, (what, commands) in FILES.items():
+    for name, what in FILES.items():
         path = models / name
         open_container(path)  # a damaged file must not be listed
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         size = f"{path.stat().st_size:,}"
-        made_by = ", ".join(f"`w2wpp {command}`" for command in commands)
+        made_by = ", ".join(f"`w2wpp {command}`" for command in commands_for(f"models/{name}"))
         lines.append(f"| `{name}` | {what} | {size} | {made_by} | `{digest}` |")
     total = sum((models / name).stat().st_size for name in FILES)
     return HEAD + "\n".join(lines) + f"\n\nTogether {total / 1e6:.1f} MB.\n"

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ...basis import AffineBasis
+from ...errors import ConfigError
 from ...space import Space
-from ...spacefile import load_space, save_space
+from ...spacefile import extras, load_space, same_coordinates, save_space
 from ...training.coefficients import project_dataset
 from ...training.config import VaeTraining, original_training
 from ...training.dataset import VectorDataset, write_dataset
@@ -68,18 +68,41 @@ def components_of(dataset: VectorDataset) -> int:
     return min(COMPONENTS, len(dataset.training_rows) - 1)
 
 
-def ship(dataset: VectorDataset, folder: Path, models: Path) -> list[Path]:
-    """Write the default space, the linear one of the same size, and the held-out LoRAs they are scored on."""
+def ship(
+    dataset: VectorDataset, folder: Path, models: Path, *, replace: bool = False
+) -> list[Path]:
+    """Write the default space, the linear one of the same size, and the held-out LoRAs they are scored on.
+
+    Directions and start networks of what is there stay where the coordinates do. Where they do not, they mean nothing
+    in the new space: then this raises ConfigError before anything is written, unless told to ``replace`` them.
+    """
     spaces = {"avatars": (DEFAULT, "Avatars"), "avatars-pca": (LINEAR, "Avatars (linear)")}
-    written = []
-    for name, (source, title) in spaces.items():
-        space = load_space(folder / f"{source}.safetensors")
-        space = replace(space, provenance={**space.provenance, "name": title})
-        save_space(space, models / f"{name}.safetensors")
-        written.append(models / f"{name}.safetensors")
+    found = {
+        models / f"{name}.safetensors": (folder / f"{source}.safetensors", title)
+        for name, (source, title) in spaces.items()
+    }
+    for path, (source, _) in found.items():
+        lost = path.exists() and not same_coordinates(source, path) and extras(path)
+        if lost and not replace:
+            raise ConfigError(
+                f"{path} holds {' and '.join(lost)} for other latents than {source}. Ship with --replace, and make "
+                "them again with 'w2wpp avatars start --ship' and 'w2wpp avatars directions --ship'."
+            )
+    for path, (source, title) in found.items():
+        space = load_space(source)
+        space = space.with_(provenance={**space.provenance, "name": title})
+        if path.exists() and same_coordinates(source, path):
+            before = load_space(path)
+            about = {k: v for k, v in before.provenance.items() if k == "directions"}
+            space = space.with_(
+                provenance={**space.provenance, **about},
+                directions=before.directions,
+                start=before.start,
+            )
+        save_space(space, path)
     heldout = models / "avatars-heldout.safetensors"
     write_heldout(dataset, heldout)
-    return [*written, heldout]
+    return [*found, heldout]
 
 
 def write_heldout(dataset: VectorDataset, path: Path) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...files.container import open_container, write_container
 from ...space import Space
-from ...spacefile import load_space, save_space
+from ...spacefile import load_space, save_start
 from ...start_network import StartNetwork, build_start
 from ...training.dataset import VectorDataset
 from ...training.directions import encode_rows
@@ -58,7 +58,7 @@ def add_start(path: Path, network: StartNetwork, dataset: VectorDataset, studio:
         read = _read(space, painted, network, studio)
     answer = answer.calibrated(painted, read).stretched(_shrinkage(network))
     start = start_from_reader(network, answer)
-    save_space(replace(space, start=start), path)
+    save_start(path, path, start)
     return path
 
 

@@ -7,7 +7,7 @@ pictures is the edit alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -115,18 +115,11 @@ def _faces(
     strengths: tuple[float, ...],
     start: Tensor,
 ) -> Faces:
-    along = _with(space, {name: found.as_mapping()[name]})
+    along = space.with_(directions={name: found.as_mapping()[name]})
     traits = [
         start if s == 0 else _read(space, studio, edit(crowd, along, {name: s})) for s in strengths
     ]
     return Faces(strengths, torch.stack(traits))
-
-
-def _with(space: Space, directions: Mapping[str, Tensor]) -> Space:
-    """The space with these directions only; they are no part of its fingerprint."""
-    other = replace(space, directions=dict(directions))
-    vars(other)["fingerprint"] = space.fingerprint
-    return other
 
 
 @torch.no_grad()

@@ -1,0 +1,158 @@
+"""What the stages of the miniature world do: each reads its inputs, runs, writes its outputs, and says what it did."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from ..files.writing import write_text
+from ..spacefile import load_space, save_directions
+from ..training.dataset import VectorDataset, load_dataset
+from ..training.directions import report, space_directions
+from .build import spaces, start
+from .build.catalogue import catalogue
+from .build.dreambooth import DreamBooth
+from .build.loras import LoraSet, build_loras
+from .build.train_base import BaseTraining, launch_base
+from .build.train_embedder import EmbedderTraining, measure_embedder, train_embedder
+from .measure import directions
+from .measure.gate import gate_table, judge_world
+from .places import World
+from .records import provenance, save_result
+from .stages import BASE, DATASET, EMBEDDER, SHIPPED
+from .world.base import save_base
+from .world.embedder import save_embedder
+from .world.studio import Studio, open_studio
+
+READABLE = 0.1  # R2 on held-out people below which latents do not tell an attribute
+Log = Callable[[str], None]
+Made = dict[str, Any]
+
+
+def make_base(world: World, log: Log, *, processes: int, output: Path | None = None) -> Made:
+    started, config, output = time.monotonic(), BaseTraining(), output or world.at(BASE)
+    trained = launch_base(
+        config, processes=processes, checkpoint=world.work / "base.ckpt", callback=log
+    )
+    save_base(trained, output, provenance("base", asdict(config), started))
+    return {"written": str(output), "seconds": round(time.monotonic() - started)}
+
+
+def make_embedder(world: World, log: Log, *, output: Path | None = None) -> Made:
+    started, config, output = time.monotonic(), EmbedderTraining(), output or world.at(EMBEDDER)
+    trained = train_embedder(config, checkpoint=world.work / "embedder.ckpt", callback=log)
+    figures = measure_embedder(trained)
+    about = provenance("embedder", asdict(config), started)
+    save_embedder(trained, output, {**about, "figures": figures})
+    return {"written": str(output), **figures}
+
+
+def make_loras(
+    world: World, log: Log, *, people: int | None, conditions: str, workers: int
+) -> Made:
+    started = time.monotonic()
+    config = LoraSet(training=DreamBooth(conditions=conditions))  # type: ignore[arg-type]
+    if people:
+        config = replace(config, people=people)
+    folder = world.work / f"loras-{conditions}"
+    dataset = build_loras(world.at(BASE), config, folder, workers=workers, callback=log)
+    return {
+        "written": str(folder / "dataset.safetensors"),
+        "people": len(dataset),
+        "parameters": dataset.layout.size,
+        "seconds": round(time.monotonic() - started),
+    }
+
+
+def make_gate(
+    world: World, log: Log, *, data: Path | None = None, output: Path | None = None
+) -> Made:
+    dataset, output = _dataset(world, data), output or world.at("results/world.json")
+    result = judge_world(_studio(world), dataset, components=spaces.components_of(dataset))
+    save_result(output, result, gate_table(result))
+    log(gate_table(result))
+    return {"written": str(output), **result}
+
+
+def make_spaces(
+    world: World,
+    log: Log,
+    *,
+    data: Path | None = None,
+    output: Path | None = None,
+    ship: bool = False,
+    replace: bool = False,
+) -> Made:
+    dataset, folder = _dataset(world, data), output or world.at("work/spaces")
+    written = spaces.train_spaces(dataset, folder, callback=log)
+    if ship:
+        written += spaces.ship(dataset, folder, world.models, replace=replace)
+    return {"written": [str(path) for path in written]}
+
+
+def make_start(
+    world: World,
+    log: Log,
+    *,
+    space: Sequence[Path] = (),
+    data: Path | None = None,
+    ship: bool = False,
+) -> Made:
+    dataset, network = _dataset(world, data), start.reader(world.work, log)
+    paths = [*space, *(map(world.at, SHIPPED) if ship else ())]
+    written = [start.add_start(path, network, dataset, _studio(world)) for path in paths]
+    return {"written": [str(path) for path in written]}
+
+
+def make_directions(
+    world: World,
+    log: Log,
+    *,
+    people: int,
+    space: Sequence[Path] = (),
+    data: Path | None = None,
+    output: Path | None = None,
+    ship: bool = False,
+) -> Made:
+    started, dataset = time.monotonic(), _dataset(world, data)
+    output = output or world.at("results/directions.json")
+    studio = replace(_studio(world), pictures=1)
+    tables, results = [], {}
+    for path in space or [world.at(name) for name in SHIPPED]:
+        here = load_space(path)
+        found = space_directions(here, dataset)
+        names = [n for n, r2 in zip(found.names, found.r2.tolist()) if r2 >= READABLE]
+        debiased = space_directions(here, dataset, only=names)
+        naive = space_directions(here, dataset, only=names, debias=False)
+        crowd = directions.people(here, dataset, people, studio.seed)
+        rows = directions.measure_directions(here, debiased, naive, studio, crowd, callback=log)
+        results[path.stem] = {"rows": rows, "readings": report(found, True)}
+        tables.append(f"## {path.stem}\n\n{directions.table(rows)}\n")
+        if ship:
+            kept = {n: v for n, v in debiased.as_mapping().items() if rows[n]["passes"]}
+            save_directions(path, path, kept, report(debiased, True))
+    result = {
+        "people": people,
+        "strengths": directions.STRENGTHS,
+        "spaces": results,
+        "seconds": round(time.monotonic() - started),
+    }
+    save_result(output, result, "\n".join(tables))
+    return {"written": str(output)}
+
+
+def make_list(world: World, log: Log) -> Made:
+    path = world.at("models/README.md")
+    write_text(path, catalogue(world.models))
+    return {"written": str(path)}
+
+
+def _dataset(world: World, path: Path | None) -> VectorDataset:
+    return load_dataset(path or world.at(DATASET))
+
+
+def _studio(world: World) -> Studio:
+    return open_studio(world.at(BASE), world.at(EMBEDDER))
