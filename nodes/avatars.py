@@ -1,20 +1,20 @@
 """The miniature world's painter, ready to run: the base model, its prompts, its VAE and an empty picture."""
 
+import contextlib
 import functools
-import json
-from pathlib import Path
 from typing import Any
 
 import torch
 from comfy_api.latest import io
-from safetensors import safe_open
 
-from ..w2wpp.errors import FormatError
+from ..w2wpp.errors import FormatError, reading
+from ..w2wpp.files.container import open_container
 from .host import avatar_model, folders, tensors
 from .types import schema
 
 PORTRAIT_FILE = folders.PACK / "example_workflows" / "avatar_portrait.png"
 BASE_FILE = folders.BUNDLED / "avatar-base.safetensors"
+BASE_FORMAT = "w2wpp.avatar_base"
 ANY = "any"  # shown for the empty word, which leaves the choice to the model
 
 
@@ -82,11 +82,11 @@ class LoadAvatarModel(io.ComfyNode):
 
     @classmethod
     def execute(cls, background: str, smile: str, light: str, pictures: int) -> io.NodeOutput:
-        config = _read_config(BASE_FILE)
-        with tensors.ordinary_tensors(), safe_open(BASE_FILE, "pt") as file:
-            table = file.get_tensor("tokens").float()  # [words of all slots, context]
-            names = [name for name in file.keys() if name.startswith("unet.")]
-            weights = {name.removeprefix("unet."): file.get_tensor(name) for name in names}
+        with tensors.ordinary_tensors(), open_container(BASE_FILE, BASE_FORMAT) as file:
+            config = file.config
+            table = file.read("tokens").float()  # [words of all slots, context]
+            names = [name for name in file.entries if name.startswith("unet.")]
+            weights = {name.removeprefix("unet."): file.read(name) for name in names}
             chosen = {"person": "person", "background": background, "smile": smile, "light": light}
             return io.NodeOutput(
                 avatar_model.avatar_model(config, weights),
@@ -134,25 +134,17 @@ def _conditioning(config: dict[str, Any], table: torch.Tensor, chosen: dict[str,
 
 
 def _vocabulary() -> dict[str, list[str]]:
-    """The choices of each slot, the empty word last. Without the file there is nothing to choose from."""
-    if not BASE_FILE.exists():
-        return {"background": [ANY], "smile": [ANY], "light": [ANY]}
-    config = _read_config(BASE_FILE)
-    return {slot: [*words[1:], ANY] for slot, words in zip(config["slots"], config["vocabulary"])}
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    return _config_at(path, folders.file_stamp(path))
+    """The choices of each slot, the empty word last; nothing to choose from without a file that reads."""
+    return {slot: [*words, ANY] for slot, words in _words(folders.file_stamp(BASE_FILE)).items()}
 
 
 @functools.lru_cache(maxsize=4)
-def _config_at(path: Path, stamp: str) -> dict[str, Any]:
-    """The configuration in the header of an avatar base; ``stamp`` keys the cache."""
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata() or {}
-    if (metadata.get("format"), metadata.get("format_version")) != ("w2wpp.avatar_base", "1"):
-        raise FormatError(
-            f"{path} is not an avatar base of version 1: its format is {metadata.get('format')!r} "
-            f"{metadata.get('format_version')!r}"
-        )
-    return json.loads(metadata["config"])
+def _words(stamp: str) -> dict[str, list[str]]:
+    """The words that the avatar base knows for each slot; ``stamp`` keys the cache."""
+    known: dict[str, list[str]] = {"background": [], "smile": [], "light": []}
+    # A list must not fail: what is wrong with the file is said when the node runs.
+    with contextlib.suppress(FormatError), reading(f"{BASE_FILE}: its words"):
+        with open_container(BASE_FILE, BASE_FORMAT) as file:
+            slots = zip(file.config["slots"], file.config["vocabulary"])
+            known |= {str(slot): [str(w) for w in words[1:]] for slot, words in slots}
+    return known

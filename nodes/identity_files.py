@@ -39,8 +39,7 @@ class SaveIdentity(io.ComfyNode):
 
     @classmethod
     def execute(cls, identity, filename_prefix: str) -> io.NodeOutput:
-        path, label = folders.new_identity_file(filename_prefix)
-        w2wpp.save_identity(identity.identity, path)
+        label = folders.save_new_identity(identity.identity, filename_prefix)
         return io.NodeOutput(label, ui=ui.PreviewText(f"saved {label}"))
 
 

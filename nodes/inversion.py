@@ -312,9 +312,13 @@ class _Watcher:
             yield
         except BaseException:  # Cancel, memory, anything: the steps so far were paid for
             if self._best is not None:
-                path, label = folders.new_identity_file("unfinished")
-                w2wpp.save_identity(_on_cpu(self._best), path)
-                self._watch.tell(
-                    f"The best so far is {label}: W2W++ Load Identity opens it, for 'start'."
-                )
+                self._watch.tell(self._save(self._best))
             raise
+
+    def _save(self, best: w2wpp.Identity) -> str:
+        """What became of it; never an error, which would hide the one that ended the run."""
+        try:
+            label = folders.save_new_identity(_on_cpu(best), "unfinished")
+        except w2wpp.W2WError as e:
+            return f"The best so far could not be kept: {e}"
+        return f"The best so far is {label}: W2W++ Load Identity opens it, for 'start'."

@@ -152,7 +152,8 @@ def interpolate(
     return Identity(z, a.space_fingerprint, residual, how)
 
 
-def save_identity(identity: Identity, path: str | os.PathLike[str]) -> None:
+def save_identity(identity: Identity, path: str | os.PathLike[str], *, new: bool = False) -> None:
+    """Write an identity; with `new` only if no file has the name (else FileExistsError)."""
     tensors = {"z": identity.z.float()}
     if identity.residual is not None:
         tensors["residual"] = identity.residual.float()
@@ -160,7 +161,7 @@ def save_identity(identity: Identity, path: str | os.PathLike[str]) -> None:
         "space_fingerprint": identity.space_fingerprint,
         "provenance": dict(identity.provenance),
     }
-    write_container(path, tensors, format=FORMAT, config=config)
+    write_container(path, tensors, format=FORMAT, config=config, new=new)
 
 
 def load_identity(path: str | os.PathLike[str]) -> Identity:

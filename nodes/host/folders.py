@@ -5,22 +5,25 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 
 import folder_paths
-from safetensors import SafetensorError, safe_open
 
 import nodes  # the host's, not this package
 
-from ...w2wpp import load_space
-from ...w2wpp.errors import ConfigError, W2WError
+from ...w2wpp import Identity, load_space, save_identity
+from ...w2wpp.errors import ConfigError, W2WError, WriteError
+from ...w2wpp.files.container import peek_metadata
+from ...w2wpp.files.names import portable_name
+from ...w2wpp.files.writing import is_leftover
 
 PACK = Path(__file__).parents[2]
 BUNDLED = PACK / "models"
 CATEGORY = "w2wpp"  # the folder under the host's models/, and its name in extra_model_paths.yaml
-PATTERN = "*.safetensors"
+ENDING = ".safetensors"
+SPACE, IDENTITY = "w2wpp.space", "w2wpp.identity"  # what files say that they are
 SD15_HELP = (
     "A space for Stable Diffusion 1.5 is made from the official weights2weights files, for non-commercial use: "
     "download the folder 'files' of https://huggingface.co/snap-research/weights2weights and run "
@@ -48,7 +51,7 @@ def register_help() -> None:
 
 def space_names() -> list[str]:
     """Names of the files that hold spaces, or may: one that can't be read stays, so that loading it says why."""
-    return [name for name, path in _model_files().items() if _may_hold_space(path)]
+    return [name for name, path in _model_files().items() if stored_format(path) in (SPACE, None)]
 
 
 def space_path(name: str) -> str:
@@ -67,32 +70,38 @@ def space_header(name: str) -> SpaceHeader:
 
 def attribute_names() -> list[str]:
     """The attributes that at least one of the installed spaces can edit."""
-    return sorted({a for name in space_names() for a in space_header(name).attributes})
+    found: set[str] = set()
+    for path in _model_files().values():
+        if stored_format(path) == SPACE:
+            found.update(_space_header(path, file_stamp(path)).attributes)
+    return sorted(found)
 
 
 def lora_names() -> list[str]:
-    return folder_paths.get_filename_list("loras")
+    return _listed("loras")
 
 
 def lora_path(name: str) -> str:
-    if name not in lora_names():
+    path = _place("loras", name) if name in lora_names() else None
+    if path is None:
         raise ConfigError(
             f"There is no LoRA {name!r} in models/loras/. Press R to refresh the list."
         )
-    return folder_paths.get_full_path_or_raise("loras", name)
+    return path
 
 
 def identity_files() -> dict[str, str]:
-    """Paths of the identity files that can be loaded, by the name that a user sees."""
+    """Paths of the identity files that can be loaded, by the name that a user sees.
+
+    What can't be read at all is listed where only identities lie, in the output folder, so that loading it says why.
+    """
     saved, given = _output_folder(), Path(folder_paths.get_input_directory())
-    found = {
-        f"{path.relative_to(saved).as_posix()} [output]": path for path in saved.rglob(PATTERN)
-    }
-    found |= {f"{path.name} [input]": path for path in given.glob(PATTERN)}
-    roots = (saved.resolve(), given.resolve())
-    inside = {n: str(p) for n, p in found.items() if any(map(p.resolve().is_relative_to, roots))}
-    inside |= {f"{name} [models]": path for name, path in _model_files().items()}
-    return {name: inside[name] for name in sorted(inside) if _holds_identity(inside[name])}
+    found = {f"{name} [output]": path for name, path in _files_inside(saved)}
+    found = {n: p for n, p in found.items() if stored_format(p) in (IDENTITY, None)}
+    others = {f"{name} [input]": path for name, path in _files_inside(given, deep=False)}
+    others |= {f"{name} [models]": path for name, path in _model_files().items()}
+    found |= {name: path for name, path in others.items() if stored_format(path) == IDENTITY}
+    return dict(sorted(found.items()))
 
 
 def identity_path(name: str) -> str:
@@ -105,26 +114,77 @@ def identity_path(name: str) -> str:
     return files[name]
 
 
-def new_identity_file(prefix: str) -> tuple[Path, str]:
-    """A path in the output folder where nothing is yet, and its name as `identity_files` will list it."""
+def save_new_identity(identity: Identity, prefix: str) -> str:
+    """Write to a file in the output folder that was not there; returns its name as `identity_files` will list it."""
     root = _output_folder()
-    prefix = prefix.strip().replace("\\", "/") or "identity"
-    if PureWindowsPath(prefix).drive or not (root / prefix).resolve().is_relative_to(
-        root.resolve()
-    ):
+    if _leads_out(root, prefix):
         raise ConfigError(
-            f"Identities are saved in the output folder only; the prefix {prefix!r} leads out of it."
+            f"Identities are saved in the output folder only; the prefix {prefix[:60]!r} leads out of it."
         )
-    folder, name, number, _, _ = folder_paths.get_save_image_path(prefix, str(root))
-    while (path := Path(folder, f"{name}_{number:05}_.safetensors")).exists():
-        number += 1
-    return path, f"{path.relative_to(root).as_posix()} [output]"
+    try:
+        folder, name, number, _, _ = folder_paths.get_save_image_path(
+            portable_name(prefix, "identity"), str(root)
+        )
+    except OSError as e:  # such as a file where the folder should be
+        raise WriteError(f"Identities can't be saved under {prefix!r}: {e.strerror}.") from e
+    while True:
+        path = Path(folder, f"{name}_{number:05}_.safetensors")
+        try:
+            save_identity(identity, path, new=True)
+            return f"{path.relative_to(root).as_posix()} [output]"
+        except FileExistsError:  # also when somebody else was quicker
+            number += 1
+
+
+def _leads_out(root: Path, prefix: str) -> bool:
+    parts = prefix.strip().replace("\\", "/")
+    try:
+        return bool(PureWindowsPath(parts).drive) or not _is_inside(root / parts, [root])
+    except ValueError:  # no path at all; `portable_name` says why
+        return False
 
 
 def _model_files() -> dict[str, str]:
-    names = folder_paths.get_filename_list(CATEGORY)
-    paths = {name: folder_paths.get_full_path(CATEGORY, name) for name in names}
-    return {name: path for name, path in paths.items() if path}  # a link may lead nowhere
+    paths = {name: _place(CATEGORY, name) for name in _listed(CATEGORY)}
+    return {name: path for name, path in paths.items() if path}
+
+
+def _listed(category: str) -> list[str]:
+    try:
+        names = folder_paths.get_filename_list(category)
+    except OSError:  # the host remembers a folder that is gone
+        folder_paths.filename_list_cache.pop(category, None)
+        names = folder_paths.get_filename_list(category)
+    return [name for name in names if not _is_left_over(name)]
+
+
+def _place(category: str, name: str) -> str | None:
+    """Where a listed file lies. The host itself does not tell of links that lead nowhere, and of what is no file."""
+    places = [os.path.join(folder, name) for folder in folder_paths.get_folder_paths(category)]
+    return next((place for place in places if os.path.lexists(place)), None)
+
+
+def _files_inside(root: Path, *, deep: bool = True) -> Iterator[tuple[str, str]]:
+    """(name relative to the folder, path) of what is called *.safetensors in it and really lies in a folder of ours."""
+    roots = [_output_folder(), Path(folder_paths.get_input_directory())]
+    for folder, inner, names in os.walk(root):
+        if not deep:
+            inner.clear()
+        for name in names:
+            path = os.path.join(folder, name)
+            relative = Path(os.path.relpath(path, root)).as_posix()
+            if name.endswith(ENDING) and not _is_left_over(relative) and _is_inside(path, roots):
+                yield relative, path
+
+
+def _is_inside(path: str | Path, roots: Iterable[Path]) -> bool:
+    real = Path(os.path.realpath(path))
+    return any(real.is_relative_to(os.path.realpath(root)) for root in roots)
+
+
+def _is_left_over(name: str) -> bool:
+    """Whether a file is what a killed writer left behind, or lies in its folder."""
+    return any(map(is_leftover, Path(name).parts))
 
 
 def _output_folder() -> Path:
@@ -142,17 +202,17 @@ def refusal(find: Callable[[str], object], value: str | None) -> bool | str:
 
 
 def file_stamp(path: str | Path) -> str:
-    """Changes whenever the file does."""
-    status = os.stat(path)
+    """Changes whenever the file does; nothing where there is none."""
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):
+        return ""
     return f"{status.st_mtime_ns}-{status.st_size}"
 
 
-def _may_hold_space(path: str) -> bool:
-    return _stored_format(path, file_stamp(path)) in ("w2wpp.space", None)
-
-
-def _holds_identity(path: str) -> bool:
-    return _stored_format(path, file_stamp(path)) == "w2wpp.identity"
+def stored_format(path: str) -> str | None:
+    """What a safetensors file says it is; None where it says nothing or can't be read."""
+    return _stored_format(path, file_stamp(path))
 
 
 @dataclass(frozen=True)
@@ -175,9 +235,8 @@ def _space_header(path: str, stamp: str) -> SpaceHeader:
 
 @functools.lru_cache(maxsize=1024)
 def _stored_format(path: str, stamp: str) -> str | None:
-    """What a safetensors file says it is; None where it says nothing. ``stamp`` keys the cache."""
+    """``stamp`` keys the cache."""
     try:
-        with safe_open(path, "pt") as file:
-            return (file.metadata() or {}).get("format")
-    except (OSError, SafetensorError):
+        return peek_metadata(path).get("format")
+    except W2WError:
         return None

@@ -44,6 +44,7 @@ DTYPES = {
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors format itself
+MAX_PEEK = 8_000_000  # bytes that a list of files reads of each
 MAX_DIMENSIONS = 8
 
 
@@ -171,6 +172,21 @@ def open_container(
     return Container(file, metadata, entries, config)
 
 
+def peek_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
+    """What a safetensors file says of itself, for lists of many files: its tensors are not looked at.
+
+    Nothing where the header is larger than any file of ours has.
+    """
+    with OpenedFile(path) as file:
+        length = struct.unpack("<Q", file.read(0, 8).ljust(8, b"\0"))[0]
+        if length > MAX_PEEK:
+            return {}
+        metadata = _read_header(file)[1].get("__metadata__", {})
+    if not isinstance(metadata, dict):
+        return {}
+    return {key: value for key, value in metadata.items() if isinstance(value, str)}
+
+
 def write_container(
     path: str | os.PathLike[str],
     tensors: Mapping[str, Tensor | Streamed],
@@ -217,7 +233,10 @@ def _texts(
     texts = dict(metadata or {})
     if format is not None:
         # NaN is no JSON: a report that holds one must fail here and not at the reader.
-        body = json.dumps(config or {}, sort_keys=True, allow_nan=False)
+        try:
+            body = json.dumps(config or {}, sort_keys=True, allow_nan=False)
+        except (TypeError, ValueError, RecursionError) as e:
+            raise FormatError(f"The configuration of a '{format}' file is no JSON: {e}.") from e
         texts.update(format=format, format_version=version, config=body)
     return texts
 
