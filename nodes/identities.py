@@ -4,6 +4,7 @@ import torch
 from comfy_api.latest import io
 
 from .. import w2wpp
+from ..w2wpp.identity import MOST_STEPS
 from .host import tensors
 from .types import IdentitySocket, People, SpaceSocket, schema
 
@@ -118,6 +119,8 @@ class Interpolate(io.ComfyNode):
     def execute(
         cls, identity_a, identity_b, steps: int, position: float, mode: str
     ) -> io.NodeOutput:
+        if not 1 <= steps <= MOST_STEPS:
+            raise w2wpp.ConfigError(f"A walk takes 1 to {MOST_STEPS:,} steps. Got {steps}.")
         stops = torch.linspace(0.0, position, steps).tolist() if steps > 1 else [position]
         with tensors.ordinary_tensors():
             walk = w2wpp.interpolate(
@@ -149,7 +152,7 @@ class PickIdentity(io.ComfyNode):
 
     @classmethod
     def execute(cls, identity, index: int) -> io.NodeOutput:
-        if index >= len(identity):
+        if not 0 <= index < len(identity):
             raise w2wpp.ConfigError(
                 f"There is nobody with index {index}: the {len(identity)} connected go from 0 to {len(identity) - 1}."
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 
 
@@ -36,6 +37,13 @@ class DataError(W2WError):
 
 class WriteError(W2WError, OSError):
     """A file could not be written: no space, no permission. What was there before is as it was."""
+
+
+def check_finite(what: str, **numbers: float) -> None:
+    """Refuse NaN and infinities, which many a comparison lets through."""
+    odd = [f"{name} = {value}" for name, value in numbers.items() if not math.isfinite(value)]
+    if odd:
+        raise ConfigError(f"{what} takes finite numbers. Got {', '.join(odd)}.")
 
 
 @contextlib.contextmanager

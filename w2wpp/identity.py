@@ -96,7 +96,13 @@ class Identity:
     def vectors(self, space: Decoder) -> Tensor:
         """The LoRA vectors [B, P]; refuses any space but the one it was made in."""
         require_same_space(self.space_fingerprint, space.fingerprint, space.name)
-        return space.decode(self.z, self.residual)
+        w = space.decode(self.z, self.residual)
+        if not bool(torch.isfinite(w).all()):
+            raise ConfigError(
+                "The weights of this identity are NaN or infinite: it lies too far from the people of "
+                "its space. Edit or exaggerate it less."
+            )
+        return w
 
 
 def concat(identities: Sequence[Identity]) -> Identity:

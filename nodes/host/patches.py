@@ -12,7 +12,7 @@ import comfy.patcher_extension
 import torch
 
 from ...w2wpp import Layout
-from ...w2wpp.errors import LayoutMismatch
+from ...w2wpp.errors import LayoutMismatch, check_finite
 from .model import check_fit, lora_key, model_name
 
 
@@ -29,6 +29,7 @@ def patched_each(
     it can't place. Strength 0 adds nothing at all, so that not even rounding differs from the bare model. With
     ``start`` the LoRAs only act from that share of the sampling on.
     """
+    check_finite("Applying a LoRA", strength=strength, start=start)
     keys = {lora_key(name): key for name, key in check_fit(model, layout).items()}
     return [_patched(model, keys, layout, dict(lora), strength, start) for lora in loras]
 

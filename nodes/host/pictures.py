@@ -20,6 +20,8 @@ def picture_latents(
     Pictures are scaled to the area of a square with sides of ``pixels``; their shape is kept, up to what the UNet's
     levels can divide.
     """
+    if pixels < 1:
+        raise ConfigError(f"The resolution of the pictures is positive. Got {pixels}.")
     count, height, width, _ = image.shape
     scale = pixels / (height * width) ** 0.5
     cell = grid(model)

@@ -88,7 +88,7 @@ def info(args: argparse.Namespace) -> dict[str, Any]:
 
 def sample(args: argparse.Namespace) -> dict[str, Any]:
     space = load_space(args.space)
-    generator = torch.Generator().manual_seed(_seed(args.seed))
+    generator = torch.Generator().manual_seed(args.seed)
     draw = partial(sample_mixtures, space) if args.mixture else space.sample
     identity = draw(args.n, generator=generator, truncation=args.truncation)
     return saved(identity, args.output)
@@ -168,12 +168,6 @@ def saved(identity: Identity, path: str) -> dict[str, Any]:
     save_identity(identity, path)
     facts = {"identity": path, "count": len(identity), "latent_size": identity.z.shape[1]}
     return {**facts, "space_fingerprint": identity.space_fingerprint}
-
-
-def _seed(seed: int) -> int:
-    if not 0 <= seed < 2**64:
-        raise ConfigError(f"A seed lies between 0 and 2^64 - 1. Got {seed}.")
-    return seed
 
 
 def _numbered(path: Path, count: int) -> list[Path]:

@@ -17,15 +17,18 @@ from typing import Any
 from .. import __version__
 from ..errors import W2WError
 from . import avatars, collections, identities, imports, training
+from .arguments import check_arguments
 
 # Each has register(subparsers); a parser's default `run` takes the arguments and returns the result.
 MODULES = (identities, collections, training, imports, avatars)
+MEMORY = ("can't allocate memory", "not enough memory", "out of memory")  # torch's words for it
 EXTRAS = {"diffusers", "matplotlib", "PIL"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     try:
+        check_arguments(args)
         result = args.run(args)
     except (W2WError, OSError) as e:
         print(f"w2wpp: {e}", file=sys.stderr)
@@ -34,6 +37,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if e.name is None or e.name.split(".")[0] not in EXTRAS:
             raise
         print(f"w2wpp: '{args.verb}' needs {e.name}: pip install 'w2wpp[avatars]'", file=sys.stderr)
+        return 1
+    except (MemoryError, RuntimeError) as e:
+        if not isinstance(e, MemoryError) and not any(word in str(e) for word in MEMORY):
+            raise
+        print(f"w2wpp: '{args.verb}' needs more memory than there is: {e}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("w2wpp: interrupted", file=sys.stderr)
@@ -47,6 +55,9 @@ def _print(text: str) -> None:
     """On standard output, which may be a pipe that wanted only the first lines (`w2wpp info FILE | head`)."""
     try:
         print(text, flush=True)
+    except UnicodeEncodeError:  # a terminal that knows only some characters
+        plain = sys.stdout.encoding or "ascii"
+        print(text.encode(plain, "backslashreplace").decode(plain), flush=True)
     except BrokenPipeError:
         # Python flushes once more on its way out, and would complain again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError
+from ..errors import ConfigError, check_finite
 from ..rates import half_cosine
 
 
@@ -21,6 +21,7 @@ class Adam:
     anneal: bool = True  # let the rate fall to zero over the run
 
     def __post_init__(self) -> None:
+        check_finite("Adam", lr=self.lr)
         if self.lr <= 0 or not all(0 <= b < 1 for b in self.betas):
             raise ConfigError(
                 f"Adam wants a positive rate and betas in [0, 1). Got lr={self.lr}, betas={self.betas}."

@@ -15,7 +15,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from ..errors import ConfigError
+from ..errors import ConfigError, check_finite
 
 MODES = ("separable", "full")
 
@@ -29,6 +29,7 @@ class Cma:
     sigma: float = 0.3  # first step size; latents have unit deviation
 
     def __post_init__(self) -> None:
+        check_finite("CMA-ES", sigma=self.sigma)
         if self.mode not in MODES:
             raise ConfigError(f"CMA-ES runs {' or '.join(MODES)}. Got {self.mode!r}.")
         if self.population < 3 or self.sigma <= 0:

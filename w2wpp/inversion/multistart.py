@@ -9,7 +9,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from ..errors import ConfigError
+from ..errors import ConfigError, check_finite
 from .adam import Adam, AdamRun
 
 
@@ -23,6 +23,7 @@ class Hybrid:
     adam: Adam = field(default_factory=Adam)
 
     def __post_init__(self) -> None:
+        check_finite("Hybrid", spread=self.spread, **{f"scale {s}": s for s in self.scales})
         if self.starts < 1 or self.spread < 0:
             raise ConfigError(
                 f"Hybrid wants at least one start and no negative spread. Got {self}."

@@ -14,7 +14,7 @@ from einops import rearrange, reduce
 from torch import Tensor
 
 from ..diffusion.schedule import NoiseSchedule
-from ..errors import ConfigError, DataError, ShapeError
+from ..errors import ConfigError, DataError, ShapeError, check_finite
 from ..space import Space
 from .checkpoint import digest
 
@@ -66,6 +66,7 @@ class Objective:
             )
         if not bool(torch.isfinite(pictures).all()):
             raise DataError("The pictures to invert hold NaN or infinite numbers.")
+        check_finite("An objective", prior=prior)
         if draws < 1 or not prior >= 0 or (micro_batch is not None and micro_batch < 1):
             raise ConfigError(
                 "Draws and a micro batch are at least 1, and the prior is not negative. Got "

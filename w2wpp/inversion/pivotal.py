@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..errors import ConfigError
+from ..errors import ConfigError, check_finite
 from .adam import Adam
 
 
@@ -17,6 +17,7 @@ class Pivotal:
     decay: float = 1e-3  # weight of |residual|^2 / 2 in the loss
 
     def __post_init__(self) -> None:
+        check_finite("A pivotal stage", lr=self.lr, decay=self.decay)
         if self.steps < 1 or self.lr <= 0 or self.decay < 0:
             raise ConfigError(
                 f"A pivotal stage wants steps, a rate and no negative decay. Got {self}."

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ..errors import ConfigError
+from ..errors import ConfigError, check_finite
 from ..identity import Identity
 from ..space import Space
 from .adam import Adam
@@ -40,6 +40,8 @@ class Recipe:
         pivotal: float | None = None,  # share of the steps
     ) -> Recipe:
         """The same recipe with some of its numbers replaced."""
+        numbers = {"rate": rate, "prior": prior, "pivotal": pivotal}
+        check_finite("A recipe", **{k: v for k, v in numbers.items() if v is not None})
         given = {"draws": draws, "prior": prior}
         objective = {**self.objective, **{k: v for k, v in given.items() if v is not None}}
         count = self.steps if steps is None else steps

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..errors import ConfigError
+from ..errors import ConfigError, check_finite
 
 RECONSTRUCTIONS = ("explained", "mse")
 MONITORS = ("elbo", "reconstruction")
@@ -44,6 +44,10 @@ class VaeTraining:
     seed: int = 0  # first weights, split, order and noise
 
     def __post_init__(self) -> None:
+        floats = {name: value for name, value in asdict(self).items() if isinstance(value, float)}
+        check_finite("A training", **floats)
+        if not 0 <= self.seed < 2**64:
+            raise ConfigError(f"A seed lies between 0 and 2^64 - 1. Got {self.seed}.")
         positive = {
             "latent": self.latent,
             "epochs": self.epochs,
