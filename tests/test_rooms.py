@@ -22,7 +22,7 @@ FLOORS = (
     ("identity", "delta_basis"),
     ("space",),
     ("encode_delta", "mixtures"),
-    ("spacefile", "edits", "encode"),
+    ("spacefile", "edits", "encode", "export"),
     ("inversion", "training"),
     ("imports",),
     ("avatars.world", "avatars.places", "avatars.records"),

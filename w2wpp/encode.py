@@ -123,8 +123,7 @@ def match_modules(file: LoraFile, layout: Layout) -> tuple[Lora, tuple[str, ...]
                 f"'{layout.name}' expects {module.in_features} to {module.out_features}. It was trained on another "
                 "base model; use one of the same family."
             )
-        factor_b = file.alphas[module.name] / a.shape[0] / layout.scale
-        matched[module.name] = (a, b if factor_b == 1.0 else b * factor_b)
+        matched[module.name] = file.scaled(module.name, layout)
     if not matched:
         raise LayoutMismatch(
             f"{file.path or 'This LoRA'} has none of the {len(layout.modules)} modules of the layout "

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from w2wpp import SD15, Space, encode_lora, load_identity, load_space, save_lora
+from w2wpp.errors import ConfigError
 from w2wpp.imports.w2w import open_w2w
 from w2wpp.imports.w2w_space import w2w_basis, w2w_directions
 
@@ -85,6 +86,19 @@ def test_components_can_be_cut_and_coefficients_may_be_fewer(run, folder, offici
 def test_any_spelling_of_the_dimensions(folder, spelling):
     torch.save(dimensions(spelling), folder / "weight_dimensions.pt")
     assert open_w2w(folder).order is None
+
+
+def test_fewer_components_need_no_second_opening(folder):
+    source = open_w2w(folder)
+    for k in (1, 3, source.known):
+        few, again = source.first(k), open_w2w(folder, components=k)
+        assert few.v is source.v and few.coefficients is source.coefficients
+        assert few.prior == again.prior and few.components == k
+        torch.testing.assert_close(few.scale, again.scale)
+        torch.testing.assert_close(few.center, again.center)
+    for k in (0, source.v.shape[1] + 1):
+        with pytest.raises(ConfigError, match="name a number from 1 to"):
+            source.first(k)
 
 
 def test_another_order_is_undone(folder, official):

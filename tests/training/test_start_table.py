@@ -98,7 +98,7 @@ def test_people_that_were_held_out_are_recognised(world, capsys, labels):
         ("picture,person\n0.png,p99", "no LoRA 'p99'"),
         ("picture,person\n0.png,", "needs labels"),
         ("picture,person,a\n0.png,p0,x", "not all finite numbers"),
-        ("picture,person,a\n0.png,p0,nan", "NaN"),
+        ("picture,person,a\n0.png,p0,nan", "Got 'nan'"),
         ("picture,person,a\n0.png,p0", "2 fields, the header has 3"),
         ("picture,person\n0.png,p39", "0 of the people"),
         ("picture,person,a\n0.png,p0,1\n1.png,p1,1", "same for everybody"),

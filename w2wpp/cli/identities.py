@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -15,9 +14,10 @@ import torch
 from ..edits import edit
 from ..encode import encode_lora
 from ..errors import ConfigError
+from ..export import export_lora
 from ..files.container import Container, open_container
 from ..identity import Identity, concat, interpolate, load_identity, save_identity
-from ..lora.files import FORMATS, load_lora, save_lora
+from ..lora.files import FORMATS, load_lora
 from ..mixtures import sample_mixtures
 from ..space import Space
 from ..spacefile import find_space, load_space
@@ -121,31 +121,14 @@ def export(args: argparse.Namespace) -> dict[str, Any]:
     identity = load_identity(args.identity)
     space = _space_of(identity, args)
     files = _numbered(Path(args.output), len(identity))
-    kept = []
-    for person, file in zip(identity, files):  # one at a time: a LoRA of a large model takes memory
-        w = person.vectors(space)
-        metadata = lora_metadata(space, person, args.strength)
-        lora = space.layout.unpack(w[0])
-        save_lora(lora, file, format=args.format, alpha=space.layout.alpha, metadata=metadata)
-        kept.append(space.kept_energy(person, w))
+    kept = [  # one at a time: a LoRA of a large model takes memory
+        export_lora(person, space, file, format=args.format, strength=args.strength)
+        for person, file in zip(identity, files)
+    ]
     facts = {"loras": [str(f) for f in files], "format": args.format, "space": space.name}
     # Only a combination of other LoRAs has more ranks than one LoRA can keep.
     told = {} if None in kept else {"kept_energy": [round(k, 4) for k in kept if k is not None]}
     return {**facts, **told}
-
-
-def lora_metadata(space: Space, identity: Identity, strength: float = 1.0) -> dict[str, str]:
-    """What an exported LoRA says of itself."""
-    facts = {
-        "w2wpp.space": f"{space.name} {space.version}".strip(),
-        "w2wpp.space_fingerprint": space.fingerprint,
-        "w2wpp.provenance": json.dumps(dict(identity.provenance), sort_keys=True),
-        "w2wpp.licence": space.licence,
-        "w2wpp.base_model": space.base_model,
-        "w2wpp.trigger_prompt": space.trigger_prompt,
-        "w2wpp.strength": repr(float(strength)),
-    }
-    return {k: v for k, v in facts.items() if v}
 
 
 def _space_of(identity: Identity, args: argparse.Namespace) -> Space:

@@ -13,7 +13,7 @@ from ..imports.w2w import open_w2w
 from ..imports.w2w_space import w2w_directions, write_w2w_space
 from ..spacefile import load_space, save_space
 from .identities import saved
-from .training import find_layout
+from .layouts import find_layout
 
 
 def register(verbs: Any) -> None:

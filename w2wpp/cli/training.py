@@ -4,27 +4,20 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from ..basis import AffineBasis, AnyBasis
 from ..codecs import CODECS
 from ..codecs import OLDER_NAMES as OLDER_CODECS
-from ..encode import aligned, vector_in
-from ..errors import ConfigError, DataError, FormatError, reading
+from ..errors import ConfigError, FormatError
 from ..files.container import open_container
-from ..files.text import finite_number, parse_json, read_csv, read_json
 from ..imports.w2w import LICENCE, TRIGGER_PROMPT, open_w2w
 from ..imports.w2w_space import w2w_basis, w2w_coefficients
-from ..lora.files import load_lora
-from ..lora.layout import SD15, Layout
 from ..spacefile import load_space, save_directions, save_space
-from ..training import compute, start_table
+from ..training import compute
 from ..training.checkpoint import forget
 from ..training.coefficients import (
     Coefficients,
@@ -34,21 +27,25 @@ from ..training.coefficients import (
 )
 from ..training.compute import Compute
 from ..training.config import VaeTraining, original_training
-from ..training.dataset import holdout_by_identity, load_dataset, write_dataset
+from ..training.dataset import load_dataset
 from ..training.directions import report as directions_report
 from ..training.directions import space_directions
 from ..training.fit_basis import ITERATIONS, STANDARDISE, TOLERANCE, fit_coefficients
 from ..training.fit_flow import with_flow
+from ..training.fit_start import StartTraining
 from ..training.fit_vae import fit_vae, linear_space
+from ..training.gather import gather_loras
 from ..training.ranks import current_ranks
 from ..training.report import without_curves
 from ..training.run import Progress
 from ..training.schedules import OLDER_NAMES as OLDER_SCHEDULES
 from ..training.schedules import SCHEDULES
+from ..training.start_table import fit_start_table
 from ..weight_metric import METRICS
+from .layouts import find_layout
+from .printing import log
 from .renamed import renamed
 
-LAYOUTS = {"sd15": SD15}
 HELP = {  # options of `train` that set a field of VaeTraining of the same name
     "latent": "latent size d; for pca the number of components kept",
     "epochs": "at most",
@@ -146,7 +143,7 @@ def register(verbs: Any) -> None:
     p.add_argument("-o", "--output", required=True, metavar="SPACE")
     p.set_defaults(run=train)
     _register_directions(verbs)
-    start_table.register(verbs)
+    _register_fit_start(verbs)
 
 
 def _register_directions(verbs: Any) -> None:
@@ -162,6 +159,43 @@ def _register_directions(verbs: Any) -> None:
     p.set_defaults(run=directions)
 
 
+def _register_fit_start(verbs: Any) -> None:
+    p = verbs.add_parser("fit-start", help="train the network that starts inversions in a space")
+    p.add_argument("space", metavar="SPACE")
+    p.add_argument("table", metavar="CSV", help="columns picture, person, and labels if there are")
+    p.add_argument("--data", required=True, help="the data set of the LoRAs that the space is from")
+    p.add_argument(
+        "--painted",
+        metavar="CSV",
+        help="columns picture, identity, index: pictures painted with the index-th identity of a file",
+    )
+    p.add_argument("--steps", type=int, default=StartTraining.steps)
+    p.add_argument("--size", type=int, default=64, help="pictures are scaled to this (default 64)")
+    p.add_argument("--width", type=int, default=StartTraining.width, help="channels")
+    p.add_argument("--seed", type=int, default=StartTraining.seed)
+    p.add_argument(
+        "--scale", type=float, default=1.0, help="above 1: answers further from the mean person"
+    )
+    p.add_argument("-o", "--output", metavar="SPACE", help="default: into the file it came from")
+    p.set_defaults(run=fit_start)
+
+
+def fit_start(args: argparse.Namespace) -> dict[str, Any]:
+    config = StartTraining(seed=args.seed, steps=args.steps, size=args.size, width=args.width)
+    output = args.output or args.space
+    report = fit_start_table(
+        args.space,
+        args.table,
+        args.data,
+        output,
+        config=config,
+        painted=args.painted,
+        scale=args.scale,
+        callback=log,
+    )
+    return {"space": str(output), **report}
+
+
 def directions(args: argparse.Namespace) -> dict[str, Any]:
     space, data = load_space(args.space), load_dataset(args.data)
     found = space_directions(
@@ -174,50 +208,24 @@ def directions(args: argparse.Namespace) -> dict[str, Any]:
 
 def dataset(args: argparse.Namespace) -> dict[str, Any]:
     layout = find_layout(args.layout)
-    paths = sorted(p for folder in args.folders for p in Path(folder).rglob("*.safetensors"))
-    if not paths:
-        raise DataError(f"No .safetensors files in {', '.join(args.folders)}.")
-    persons = [str(p.parent if args.identity == "folder" else p) for p in paths]
-    number = {person: i for i, person in enumerate(dict.fromkeys(persons))}
-    identity = torch.tensor([number[person] for person in persons])
-    generator = torch.Generator().manual_seed(args.seed)
-    heldout = holdout_by_identity(identity, args.heldout, generator=generator)
-    labels, names = _labels(args.labels, paths) if args.labels else (None, ())
-    written = write_dataset(
+    written = gather_loras(
+        args.folders,
         args.output,
-        (vector[None] for vector in _vectors(paths, layout, args.gauge)),
         layout,
-        identity,
-        heldout=heldout,
-        labels=labels,
-        label_names=names,
-        provenance={"files": [p.name for p in paths], "identity": args.identity, "seed": args.seed},
+        person_is=args.identity,
+        heldout=args.heldout,
+        seed=args.seed,
+        labels=args.labels,
+        gauge=args.gauge,
     )
     return {
         "data": args.output,
         "rows": len(written),
         "parameters": layout.size,
-        "persons": len(number),
+        "persons": len(written.identity.unique()),
         "heldout_rows": len(written.heldout_rows),
-        "labels": list(names),
+        "labels": list(written.label_names),
     }
-
-
-def _vectors(paths: Sequence[Path], layout: Layout, gauge: str) -> Iterator[Tensor]:
-    """The vectors [P] of files, in the gauge asked for."""
-    if gauge == "keep":
-        yield from (load_lora(path).vector(layout) for path in paths)
-        return
-    if gauge != "first":
-        space = load_space(gauge)
-        if space.layout != layout:
-            raise ConfigError(
-                f"{gauge} has the layout '{space.layout.name}'; give it as --layout too."
-            )
-        yield from (vector_in(space, load_lora(path)) for path in paths)
-        return
-    first = aligned(load_lora(paths[0]), layout, None)
-    yield from (aligned(load_lora(path), layout, first) for path in paths)
 
 
 def basis(args: argparse.Namespace) -> dict[str, Any]:
@@ -315,10 +323,7 @@ def _w2w_input(args: argparse.Namespace) -> tuple[Coefficients, AnyBasis]:
     )
     most = args.latent if args.codec == "pca" and args.latent else args.components
     source = open_w2w(args.basis, layout=find_layout(args.layout))
-    stored = source.v.shape[1]
-    if source.coefficients is not None:
-        stored = min(stored, source.coefficients.shape[1])
-    source = open_w2w(args.basis, components=most or stored, layout=source.layout)
+    source = source.first(most or source.known)
     return w2w_coefficients(source), w2w_basis(source)
 
 
@@ -354,43 +359,3 @@ def _progress_bar() -> Callable[[Progress], None]:
 def _print_line(p: Progress) -> None:
     if p.epoch % 25 == 0 or p.epoch == p.epochs:
         print(f"{p.stage} epoch {p.epoch}: loss {p.loss:.4f}, best {p.best:.4f}", file=sys.stderr)
-
-
-def find_layout(name: str) -> Layout:
-    if name in LAYOUTS:
-        return LAYOUTS[name]
-    path = Path(name)
-    if path.suffix == ".json":
-        with reading(f"{path}: the layout"):
-            return Layout.from_json(read_json(path))
-    with open_container(path) as file:
-        config = parse_json(file.metadata.get("config", "{}"), f"{path}: its configuration")
-    if not isinstance(config, dict) or "layout" not in config:
-        raise ConfigError(
-            f"{path} holds no layout; name {', '.join(LAYOUTS)}, a space or a data set."
-        )
-    with reading(f"{path}: its layout"):
-        return Layout.from_json(config["layout"])
-
-
-def _labels(path: str, loras: Sequence[Path]) -> tuple[Tensor, tuple[str, ...]]:
-    """[N, A] in the order of the files, from a table whose first column names them."""
-    table = read_csv(path)
-    if len(table) < 2 or len(table[0]) < 2:
-        raise FormatError(f"{path} needs a header line and a column of names before the labels.")
-    rows = {row[0]: row[1:] for row in table[1:]}
-    return torch.stack(list(_label_rows(path, rows, loras, len(table[0]) - 1))), tuple(table[0][1:])
-
-
-def _label_rows(
-    path: str, rows: dict[str, list[str]], loras: Sequence[Path], count: int
-) -> Iterator[Tensor]:
-    for lora in loras:
-        found = next((rows[k] for k in (lora.name, lora.stem, lora.parent.name) if k in rows), None)
-        if found is None:
-            raise DataError(f"{path} has no line for {lora.name}.")
-        where = f"{path}: the labels of {lora.name}"
-        values = torch.tensor([finite_number(v, where) for v in found])
-        if len(values) != count:
-            raise FormatError(f"{path}: {lora.name} has {len(values)} labels, the header {count}.")
-        yield values

@@ -46,3 +46,12 @@ def save_picture(picture: Any, path: Path) -> None:
 def pixels(picture: Any) -> Tensor:
     """[1, 3, H, W] in [-1, 1]."""
     return torch.from_numpy(np.array(picture)).float().div(127.5).sub(1).permute(2, 0, 1)[None]
+
+
+def square_picture(path: Path, size: int) -> Tensor:
+    """The middle square of a picture file, [1, 3, size, size] in [-1, 1]."""
+    picture = open_picture(path)
+    side = min(picture.size)
+    left, top = (picture.width - side) // 2, (picture.height - side) // 2
+    square = picture.crop((left, top, left + side, top + side)).resize((size, size))
+    return pixels(square)

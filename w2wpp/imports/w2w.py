@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +41,40 @@ class W2WFolder:
     v: Matrix  # [P, all components]
     coefficients: Matrix | None  # [N, K'] of the real identities, not whitened
     components: int  # K
-    center: Tensor  # [K], mean coefficient
-    scale: Tensor  # [K], deviation of the coefficients: the singular values
-    prior: str  # where these two come from
+
+    @cached_property
+    def _spread(self) -> tuple[Tensor, Tensor, str]:
+        return _prior(self.coefficients, self.components, self.layout.size)
+
+    @property
+    def center(self) -> Tensor:
+        """[K], mean coefficient."""
+        return self._spread[0]
+
+    @property
+    def scale(self) -> Tensor:
+        """[K], deviation of the coefficients: the singular values."""
+        return self._spread[1]
+
+    @property
+    def prior(self) -> str:
+        """Where these two come from."""
+        return self._spread[2]
+
+    @property
+    def known(self) -> int:
+        """How many components there are coefficients for; all if there are none at all."""
+        every = self.v.shape[1]
+        return every if self.coefficients is None else min(every, self.coefficients.shape[1])
+
+    def first(self, components: int) -> W2WFolder:
+        """The same files, opened once, with fewer components; raises ConfigError for none or more than there are."""
+        every = self.v.shape[1]
+        if not 1 <= components <= every:
+            raise ConfigError(
+                f"V.pt holds {every} components; name a number from 1 to {every}. Got {components}."
+            )
+        return replace(self, components=components)
 
     def chunks(self) -> Iterator[Tensor]:
         """The components [K, P] in half precision, some rows at a time."""
@@ -73,17 +105,14 @@ def open_w2w(
             f"{folder}: {', '.join(wrong)} numbers per LoRA, the layout '{layout.name}' has "
             f"{layout.size:,}. Use files of identity LoRAs for {layout.base_model}."
         )
-    k = v.shape[1] if components is None else components
-    if not 1 <= k <= v.shape[1]:
-        raise ConfigError(f"V.pt holds {v.shape[1]} components. Ask for 1 to so many; got {k}.")
     order = _order(folder, layout)
     if order is not None:
         mean, std = mean[order], std[order]
     stored = folder / "proj_1000pc.pt"
     coefficients = open_matrix(stored) if stored.is_file() else None
-    center, scale, prior = _prior(coefficients, k, layout.size)
-    std = without_tiny(std)
-    return W2WFolder(folder, layout, mean, std, order, v, coefficients, k, center, scale, prior)
+    every = v.shape[1]
+    found = W2WFolder(folder, layout, mean, without_tiny(std), order, v, coefficients, every)
+    return found if components is None else found.first(components)
 
 
 def provenance(source: W2WFolder, name: str) -> dict[str, Any]:

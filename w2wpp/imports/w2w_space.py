@@ -14,7 +14,7 @@ from ..basis import Basis
 from ..codecs import build_codec
 from ..errors import DataError, FormatError
 from ..files.container import Container, Streamed, write_container
-from ..files.text import finite_number, read_csv
+from ..files.tables import LabelTable, read_labels
 from ..files.torchfile import ADVICE
 from ..lora.layout import Layout
 from ..space import compact
@@ -102,7 +102,8 @@ def w2w_directions(
             f"{source.folder} has no proj_1000pc.pt; without coefficients of labelled people there "
             "are no edit directions. Download it beside V.pt, or leave out --labels."
         )
-    table, names = read_labels(labels, matrix.shape[0])
+    found_labels = _labels(labels, matrix.shape[0])
+    table, names = found_labels.values, found_labels.names
     if only is not None:
         missing = [name for name in only if name not in names]
         if missing:
@@ -118,27 +119,18 @@ def w2w_directions(
     return Directions(found.names, wide, found.r2, found.own)
 
 
-def read_labels(path: str | os.PathLike[str], rows: int) -> tuple[Tensor, tuple[str, ...]]:
-    """Labels [N, A] and their names, from a table whose first column names the person."""
+def _labels(path: str | os.PathLike[str], rows: int) -> LabelTable:
+    """A table with a line for each of the rows."""
     path = Path(path)
     if path.suffix == ".pt":
         raise FormatError(f"{path} is not read as a table. {ADVICE['identity_df.pt']}")
-    table = read_csv(path)
-    if len(table) < 2 or len(table[0]) < 2:
-        raise FormatError(f"{path} needs a header line and a column of names before the labels.")
-    if len(table) - 1 != rows:
+    table = read_labels(path)
+    if len(table.keys) != rows:
         raise FormatError(
-            f"{path} has {len(table) - 1} lines, proj_1000pc.pt {rows} rows; they must be the same "
+            f"{path} has {len(table.keys)} lines, proj_1000pc.pt {rows} rows; they must be the same "
             "people in the same order."
         )
-    width = len(table[0])
-    values = [
-        [finite_number(v, f"{path}, line {i}") for v in row[1:]]
-        for i, row in enumerate(table[1:], 2)
-    ]
-    if any(len(row) != width - 1 for row in values):
-        raise FormatError(f"{path}: not every line has the {width - 1} labels of the header.")
-    return torch.tensor(values, dtype=torch.float32), tuple(table[0][1:])
+    return table
 
 
 def _architecture(source: W2WFolder) -> dict[str, Any]:

@@ -57,14 +57,16 @@ class LoraFile:
     unread: tuple[str, ...] = ()  # tensors of other kinds: text encoder, convolutions, DoRA scales
     path: str = ""
 
+    def scaled(self, name: str, layout: Layout) -> tuple[Tensor, Tensor]:
+        """A and B of a module, with B taking up what the file scales otherwise than the layout."""
+        a, b = self.lora[name]
+        factor = self.alphas[name] / a.shape[0] / layout.scale
+        return a, b if factor == 1.0 else b * factor
+
     def vector(self, layout: Layout) -> Tensor:
         """w [P] in a layout. If the file scales otherwise, B takes it up and the delta is equal."""
-        scaled = {}
-        for name, (a, b) in self.lora.items():
-            factor = self.alphas[name] / a.shape[0] / layout.scale
-            scaled[name] = (a, b if factor == 1.0 else b * factor)
         try:
-            return layout.pack(scaled)
+            return layout.pack({name: self.scaled(name, layout) for name in self.lora})
         except LayoutMismatch as e:
             raise LayoutMismatch(f"{self.path}: {e}" if self.path else str(e)) from e
 

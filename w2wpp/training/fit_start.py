@@ -7,7 +7,6 @@ Pictures painted with latents of the space then correct that map. All is linear 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from ..errors import DataError
 from ..metrics import ridge_regression
+from ..rates import warm_cosine
 from ..start_network import StartNetwork, build_start
 
 # pictures(count, generator) -> pictures [count, 3, H, W] in [-1, 1] and labels [count, L] of who is in them
@@ -67,8 +67,7 @@ def train_reader(
         )
     optimiser = torch.optim.AdamW(network.parameters(), lr=config.learning_rate, weight_decay=0.02)
     for step in range(config.steps):
-        warm = min(1.0, (step + 1) / min(100, 1 + config.steps // 10))
-        rate = warm * 0.5 * (1 + math.cos(math.pi * step / config.steps))
+        rate = warm_cosine(step, config.steps, warmup=min(100, 1 + config.steps // 10))
         optimiser.param_groups[0]["lr"] = config.learning_rate * rate
         seen, wanted = pictures(config.batch, generator)
         deviation = config.noise * torch.rand(len(seen), 1, 1, 1, generator=generator)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..lora.layout import Layout
+from ..rates import half_cosine
 
 # Weights [N, P] and the number of a step -> the SUM over people of their losses, so that the gradient of one person
 # does not depend on how many share a batch.
@@ -130,7 +131,7 @@ class Momentum:
         # A single bad batch may not throw a LoRA off its path.
         length = self._velocity.norm(dim=1, keepdim=True).clamp_min(1e-12)
         bound = (config.clip * self._start.norm / length).clamp_max(1.0)
-        rate = config.learning_rate * 0.5 * (1 + math.cos(math.pi * self._taken / config.steps))
+        rate = config.learning_rate * half_cosine(self._taken / config.steps)
         self.weights = self.weights.detach() - rate * self._velocity * bound
         if self._taken >= int(config.average_from * config.steps):
             self._sum, self._summed = self._sum + self.weights, self._summed + 1

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..codecs import Codec, Posterior, build_codec
 from ..errors import ConfigError, DataError
+from ..rates import half_cosine
 from .config import VaeTraining
 from .schedules import kl_schedule
 
@@ -152,7 +153,7 @@ class Run:
         """One update; returns [loss, reconstruction, KL summed over units]."""
         t = self.training
         for group in self.optimiser.param_groups:
-            group["lr"] = t.lr * 0.5 * (1.0 + math.cos(math.pi * epoch / t.epochs))
+            group["lr"] = t.lr * half_cosine(epoch / t.epochs)
         seen = c
         if t.input_noise:
             seen = c + t.input_noise * torch.randn(c.shape, generator=self.generator)

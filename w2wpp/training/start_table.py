@@ -11,9 +11,8 @@ by how strongly latents show; without them, `--scale` can lengthen answers by ha
 
 from __future__ import annotations
 
-import argparse
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import ConfigError, DataError, FormatError
-from ..files.pictures import open_picture, pixels
-from ..files.text import finite_number, read_csv
+from ..errors import ConfigError, DataError
+from ..files.pictures import square_picture
+from ..files.tables import picture_lines
+from ..files.text import finite_number
 from ..identity import load_identity, require_same_space
 from ..metrics import pooled_r2
 from ..space import Space
@@ -42,9 +42,9 @@ from .fit_start import (
     train_reader,
 )
 
-COLUMNS = ["picture", "person"]
+COLUMNS = ("picture", "person")
 LEAST_READ = 0.3  # slope below which a reader is too poor for its answers to be stretched
-PAINTED = ["picture", "identity", "index"]
+PAINTED = ("picture", "identity", "index")
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,34 +64,26 @@ class Paintings:
     z: Tensor  # [n, d]
 
 
-def register(verbs: Any) -> None:
-    p = verbs.add_parser("fit-start", help="train the network that starts inversions in a space")
-    p.add_argument("space", metavar="SPACE")
-    p.add_argument("table", metavar="CSV", help="columns picture, person, and labels if there are")
-    p.add_argument("--data", required=True, help="the data set of the LoRAs that the space is from")
-    p.add_argument(
-        "--painted",
-        metavar="CSV",
-        help="columns picture, identity, index: pictures painted with the index-th identity of a file",
-    )
-    p.add_argument("--steps", type=int, default=StartTraining.steps)
-    p.add_argument("--size", type=int, default=64, help="pictures are scaled to this (default 64)")
-    p.add_argument("--width", type=int, default=StartTraining.width, help="channels")
-    p.add_argument("--seed", type=int, default=StartTraining.seed)
-    p.add_argument(
-        "--scale", type=float, default=1.0, help="above 1: answers further from the mean person"
-    )
-    p.add_argument("-o", "--output", metavar="SPACE", help="default: into the file it came from")
-    p.set_defaults(run=run)
+def fit_start_table(
+    space_path: str | os.PathLike[str],
+    table_path: str | os.PathLike[str],
+    data_path: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    config: StartTraining,
+    painted: str | os.PathLike[str] | None = None,
+    scale: float = 1.0,
+    callback: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Train a start network and write it into a copy of a space file, or into the file itself.
 
-
-def run(args: argparse.Namespace) -> dict[str, Any]:
-    config = StartTraining(seed=args.seed, steps=args.steps, size=args.size, width=args.width)
-    if not args.scale > 0:
-        raise ConfigError(f"--scale is positive. Got {args.scale:g}.")
-    space, dataset = load_space(args.space), load_dataset(args.data)
-    table = read_table(Path(args.table), dataset)
-    painted = read_painted(Path(args.painted), space) if args.painted else None
+    Returns what was learned from, and how well held-out pictures are answered if there are any.
+    """
+    if not scale > 0:
+        raise ConfigError(f"The scale is positive. Got {scale:g}.")
+    space, dataset = load_space(space_path), load_dataset(data_path)
+    table = read_table(Path(table_path), dataset)
+    paintings = read_painted(Path(painted), space) if painted else None
     z = encode_rows(space, dataset)  # [N, d]
     known = ~dataset.heldout  # [N]
     labels, of_row = _labels(table, z)
@@ -99,47 +91,41 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     with_lora = torch.nonzero(known & _shown(table, len(z))).flatten()
     if len(with_lora) < 2:
         raise DataError(
-            f"{args.table} shows {len(with_lora)} of the people who may be learned from; a start network needs more, "
+            f"{table_path} shows {len(with_lora)} of the people who may be learned from; a start network needs more, "
             "hundreds if possible."
         )
     middle, deviation = labels[seen].mean(0), labels[seen].std(0)
     if not bool((deviation > 1e-9).all()):
-        raise DataError(f"{args.table}: a label is the same for everybody; leave it out.")
+        raise DataError(f"{table_path}: a label is the same for everybody; leave it out.")
+    labels, of_row = (labels - middle) / deviation, (of_row - middle) / deviation
     bank = _bank(table.pictures, config.size)
-    shown = None if painted is None else _bank(painted.pictures, config.size)
-    reader = train_reader(
-        picture_bank(bank[seen], (labels[seen] - middle) / deviation),
-        labels.shape[1],
-        config,
-        callback=lambda line: print(line, file=sys.stderr, flush=True),
-    )
-    answer = LabelMap.fit(
-        (of_row[with_lora] - middle) / deviation, z[with_lora], penalty=config.penalty
-    )
-    if painted is not None and shown is not None:
-        answer = answer.calibrated(painted.z, _answers(reader, shown))
+    shown = None if paintings is None else _bank(paintings.pictures, config.size)
+    pictures = picture_bank(bank[seen], labels[seen])
+    reader = train_reader(pictures, labels.shape[1], config, callback=callback)
+    answer = LabelMap.fit(of_row[with_lora], z[with_lora], penalty=config.penalty)
+    if paintings is not None and shown is not None:
+        answer = answer.calibrated(paintings.z, _answers(reader, shown))
     held = torch.nonzero(~seen).flatten()
-    truth = (labels[held] - middle) / deviation
-    share = shrinkage(truth, _answers(reader, bank[held])) if len(held) else 1.0
+    share = shrinkage(labels[held], _answers(reader, bank[held])) if len(held) else 1.0
     if share > LEAST_READ:
         answer = answer.stretched(share)
-    start = start_from_reader(reader, answer, scale=args.scale)
-    output = args.output or args.space
-    save_start(args.space, output, start)
-    report = {
-        "space": str(output),
+    start = start_from_reader(reader, answer, scale=scale)
+    save_start(space_path, output, start)
+    report: dict[str, Any] = {
         "pictures": len(table.pictures),
         "people_with_lora": len(with_lora),
         "labels": 0 if table.labels is None else labels.shape[1],
-        "paintings": 0 if painted is None else len(painted.pictures),
+        "paintings": 0 if paintings is None else len(paintings.pictures),
         "training": asdict(config),
     }
     if len(held):
-        report["reader_slope"] = round(share, 4)
         answers, truth = _answers(start, bank[held]), z[table.row[held]]
-        report["heldout_pictures"] = len(held)
-        report["heldout_latent_r2"] = round(pooled_r2(truth, answers, z[known].mean(0)), 4)
-        report["heldout_cosine"] = round(float(F.cosine_similarity(truth, answers).mean()), 4)
+        report |= {
+            "reader_slope": round(share, 4),
+            "heldout_pictures": len(held),
+            "heldout_latent_r2": round(pooled_r2(truth, answers, z[known].mean(0)), 4),
+            "heldout_cosine": round(float(F.cosine_similarity(truth, answers).mean()), 4),
+        }
     return report
 
 
@@ -147,7 +133,7 @@ def read_table(path: Path, dataset: VectorDataset) -> PictureTable:
     """Check everything that can be checked before a picture is opened."""
     number = _row_numbers(dataset)
     pictures, rows, values = [], [], []
-    for where, picture, (person, *labels) in _lines(path, COLUMNS):
+    for where, picture, (person, *labels) in picture_lines(path, COLUMNS):
         if person and person not in number:
             raise DataError(
                 f"{where}: the data set has no LoRA {person!r}. Leave the person empty if there is none."
@@ -164,7 +150,7 @@ def read_table(path: Path, dataset: VectorDataset) -> PictureTable:
 def read_painted(path: Path, space: Space) -> Paintings:
     """Paintings of identities of the space."""
     pictures, z, files = [], [], {}
-    for where, picture, (name, index, *_) in _lines(path, PAINTED):
+    for where, picture, (name, index, *_) in picture_lines(path, PAINTED):
         if name not in files:
             files[name] = load_identity(path.parent / name)
             require_same_space(files[name].space_fingerprint, space.fingerprint, space.name)
@@ -175,35 +161,8 @@ def read_painted(path: Path, space: Space) -> Paintings:
     return Paintings(tuple(pictures), torch.stack(z))
 
 
-def _lines(path: Path, columns: list[str]) -> Iterator[tuple[str, Path, list[str]]]:
-    """(where, picture, other fields) of each line of a table whose header starts with these columns."""
-    lines = read_csv(path)
-    if len(lines) < 2 or lines[0][: len(columns)] != columns:
-        got = ",".join(lines[0][: len(columns) + 1]) if lines else "an empty file"
-        raise FormatError(
-            f"{path} needs a header that starts with '{','.join(columns)}' and a line for each picture. Got {got!r}."
-        )
-    for i, line in enumerate(lines[1:], 2):
-        where = f"{path}, line {i}"
-        if len(line) != len(lines[0]):
-            raise FormatError(f"{where}: {len(line)} fields, the header has {len(lines[0])}.")
-        picture = path.parent / line[0]
-        if not picture.is_file():
-            raise DataError(f"{where}: there is no picture {line[0]!r}.")
-        yield where, picture, line[1:]
-
-
-def read_picture(path: Path, size: int) -> Tensor:
-    """The middle square of a picture file, [1, 3, size, size] in [-1, 1]."""
-    picture = open_picture(path)
-    side = min(picture.size)
-    left, top = (picture.width - side) // 2, (picture.height - side) // 2
-    square = picture.crop((left, top, left + side, top + side)).resize((size, size))
-    return pixels(square)
-
-
 def _bank(pictures: Sequence[Path], size: int) -> Tensor:
-    return torch.cat([to_bank(read_picture(path, size)) for path in pictures])
+    return torch.cat([to_bank(square_picture(path, size)) for path in pictures])
 
 
 @torch.no_grad()

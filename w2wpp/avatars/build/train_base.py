@@ -5,7 +5,6 @@ Several processes may share each batch: two single-threaded ones are more than t
 
 from __future__ import annotations
 
-import math
 import sys
 import tempfile
 import time
@@ -18,6 +17,7 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from torch import Tensor
 
+from ...rates import warm_cosine
 from ..world.base import AvatarBase
 from ..world.renderer import (
     EXPRESSION,
@@ -190,8 +190,7 @@ def _average_gradients(model: AvatarBase) -> None:
 
 
 def _rate(step: int, current: Round, warm_up: int) -> float:
-    warm = min(1.0, (step + 1) / warm_up)
-    return warm * 0.5 * (1 + math.cos(math.pi * step / current.steps))
+    return warm_cosine(step, current.steps, warmup=warm_up)
 
 
 def _prompts(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...rates import warm_cosine
 from ..world.embedder import AvatarEmbedder
 from ..world.renderer import render, sample_identities, sample_nuisance
 from .checkpoint import State, load_run, save_run
@@ -46,8 +46,7 @@ def train_embedder(
     state: State = {"model": model, "optimiser": optimiser, "generator": generator}
     step = load_run(checkpoint, state, config=asdict(config))
     while step < config.steps:
-        warm = min(1.0, (step + 1) / 100)
-        rate = warm * 0.5 * (1 + math.cos(math.pi * step / config.steps))
+        rate = warm_cosine(step, config.steps, warmup=100)
         optimiser.param_groups[0]["lr"] = config.learning_rate * rate
         rows = torch.randint(config.pictures, (config.batch,), generator=generator)
         batch = _soften(pictures[rows].float() / 127, config, generator)

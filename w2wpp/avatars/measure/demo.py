@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
+from ...export import export_lora
 from ...files.pictures import save_picture
 from ...identity import interpolate, load_identity, save_identity
-from ...lora.files import save_lora
 from ...metrics import consistency, likeness_between
 from ...spacefile import load_space
 from ..world.base import word_indices
@@ -20,6 +21,8 @@ from .portrait import invert_file, read_picture
 from .sheets import Strip, save_sheet, to_pil
 
 PEOPLE, STEPS = 8, 8
+# From person by person to scene by scene, so that a column of the sheet is a person.
+ACROSS = "(people scenes) c h w -> (scenes people) c h w"
 SCENES = (
     ("white", "neutral", "front"), ("blue", "smiling", "left"), ("sunset", "serious", "right"),
     ("checks", "smiling", "front"),
@@ -41,19 +44,8 @@ def make_demo(
     folder.mkdir(parents=True, exist_ok=True)
     save_identity(people, folder / "people.safetensors")
     save_identity(walk, folder / "walk.safetensors")
-    for i, vector in enumerate(vectors):
-        metadata = {
-            "space": space.name,
-            "seed": str(seed),
-            "row": str(i),
-            "trigger_prompt": space.trigger_prompt,
-        }
-        save_lora(
-            space.layout.unpack(vector),
-            folder / f"person-{i}.safetensors",
-            alpha=space.layout.alpha,
-            metadata=metadata,
-        )
+    for i, person in enumerate(people):
+        export_lora(person, space, folder / f"person-{i}.safetensors")
 
     found = invert_file(
         models / "avatars.safetensors",
@@ -74,7 +66,7 @@ def make_demo(
     sheet = [
         Strip(
             f"{PEOPLE} people who do not exist, each in {len(SCENES)} scenes",
-            _across(portraits, PEOPLE),
+            rearrange(portraits, ACROSS, people=PEOPLE),
             PEOPLE,
         ),
         Strip(
@@ -83,7 +75,9 @@ def make_demo(
             1 + len(SCENES),
         ),
         Strip(
-            f"A walk from the first to the second, in {STEPS} steps", _across(steps, STEPS), STEPS
+            f"A walk from the first to the second, in {STEPS} steps",
+            rearrange(steps, ACROSS, people=STEPS),
+            STEPS,
         ),
     ]
     save_sheet(sheet, folder / "contact-sheet.png")
@@ -107,8 +101,3 @@ def _paint(studio: Studio, layout: Any, vectors: Tensor, scenes: Tensor, seed: i
     people = len(vectors)
     words, noises = scenes.repeat(people, 1), noise.repeat(people, 1, 1, 1)
     return studio.paint(words, noises, vectors, layout)
-
-
-def _across(pictures: Tensor, people: int) -> Tensor:
-    """From person by person to scene by scene, so that a column of the sheet is a person."""
-    return pictures.unflatten(0, (people, -1)).transpose(0, 1).flatten(0, 1)
