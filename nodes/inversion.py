@@ -62,8 +62,9 @@ class InvertFromImage(io.ComfyNode):
                     "method",
                     options=list(inversion.METHODS),
                     default="adam",
-                    tooltip="adam follows the gradient and is the quickest. hybrid tries several starts before. "
-                    "cma needs no gradient, and so no more memory than painting, but many more evaluations.",
+                    tooltip="adam follows the gradient and is the fastest. multistart first tries several starting points, "
+                    "then follows the gradient from the best. cma needs no gradients, and so no more memory than painting, "
+                    "but runs the model many more times.",
                 ),
                 io.Int.Input(
                     "steps",
@@ -171,6 +172,14 @@ class InvertFromImage(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, method: str | None = None):
+        """Graphs of older releases name a method that has another name today."""
+        known = (*inversion.METHODS, *inversion.OLDER_NAMES)
+        if method is None or method in known:
+            return True
+        return f"The methods are {', '.join(inversion.METHODS)}. Got '{method}'."
+
+    @classmethod
     def execute(
         cls,
         model,
@@ -209,7 +218,7 @@ class InvertFromImage(io.ComfyNode):
             )
             watch = Watch(model, cls.hidden.unique_id)
             solution, report = _solve(session, model, positive, watch, preview_every)
-        title = f"{method}, {len(solution.history)} steps"
+        title = f"{inversion.OLDER_NAMES.get(method, method)}, {len(solution.history)} steps"
         curve = draw_curve(solution.history, title, comparable=not session.recipe.fresh)
         return io.NodeOutput(People(solution.identity, space), curve, report)
 

@@ -67,7 +67,7 @@ def assert_nothing_is_left(host: Host, fresh: tuple[dict, np.ndarray]) -> None:
     assert np.array_equal(picture, fresh[1])
 
 
-@pytest.mark.parametrize("method", ["adam", "hybrid", "cma"])
+@pytest.mark.parametrize("method", ["adam", "multistart", "cma"])
 def test_every_method_lowers_the_loss_and_leaves_nothing_behind(
     host: Host, fresh: tuple[dict, np.ndarray], method: str
 ) -> None:
@@ -86,6 +86,17 @@ def test_every_method_lowers_the_loss_and_leaves_nothing_behind(
     (curve,) = result.pictures()
     assert curve.shape[:2] == (360, 640) and curve.std() > 5
     assert_nothing_is_left(host, fresh)
+
+
+def test_a_saved_graph_that_says_hybrid_still_runs(host: Host) -> None:
+    graph = InversionGraph()
+    shown = graph.report(graph.invert(method="hybrid", steps=2, mask=graph.mask))
+    (report,) = host.run(graph.nodes).outputs[shown]["text"]
+    assert "Multistart" in report
+    graph = InversionGraph()
+    graph.report(graph.invert(method="magic", steps=2))
+    with pytest.raises(PromptFailed, match="adam, cma, multistart"):
+        host.run(graph.nodes)
 
 
 def test_the_found_person_is_painted(host: Host) -> None:

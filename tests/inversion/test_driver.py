@@ -12,7 +12,7 @@ from w2wpp.errors import ConfigError, DataError, FormatError, ShapeError, SpaceM
 from w2wpp.inversion import (
     Adam,
     Cma,
-    Hybrid,
+    Multistart,
     NoiseSchedule,
     Objective,
     Pivotal,
@@ -69,7 +69,7 @@ CASES = {
     "adam": (Adam(lr=0.1), 80, 0.05),
     "separable": (Cma(population=8), 60, 0.05),
     "full": (Cma(population=8, mode="full"), 60, 0.05),
-    "hybrid": (Hybrid(starts=6, spread=0.5, adam=Adam(lr=0.1)), 80, 0.05),
+    "multistart": (Multistart(starts=6, spread=0.5, adam=Adam(lr=0.1)), 80, 0.05),
 }
 
 
@@ -139,7 +139,7 @@ def test_a_callback_can_stop(how):
     assert seen[-1].evaluations == 12 and seen[-1].steps == 14
 
 
-@pytest.mark.parametrize("optimiser", [Adam(), Cma(), Hybrid()], ids=lambda o: type(o).__name__)
+@pytest.mark.parametrize("optimiser", [Adam(), Cma(), Multistart()], ids=lambda o: type(o).__name__)
 @pytest.mark.parametrize("at", [1, 3, 5, 7])
 def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path, optimiser, at):
     settings = {"steps": 5, "pivotal": Pivotal(steps=3), "seed": 4}
@@ -263,7 +263,7 @@ def test_refuses():
     for bad in (
         lambda: Adam(lr=0),
         lambda: Cma(mode="wild"),
-        lambda: Hybrid(starts=0),
+        lambda: Multistart(starts=0),
         lambda: Pivotal(steps=0),
     ):
         with pytest.raises(ConfigError):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from w2wpp.inversion.multistart import Hybrid
+from w2wpp.inversion.multistart import Multistart
 
 START = torch.tensor([[1.0, -2.0, 0.5], [0.0, 3.0, 1.0]])
 
@@ -14,7 +14,7 @@ def begin(settings, start=START, seed=5, steps=4):
 
 
 def test_screens_the_start_the_start_scaled_and_samples_around_it():
-    _, asked = begin(Hybrid(starts=5, scales=(0.9, 1.1), spread=0.25))
+    _, asked = begin(Multistart(starts=5, scales=(0.9, 1.1), spread=0.25))
     torch.testing.assert_close(asked[:, 0], START)
     torch.testing.assert_close(asked[:, 1], 0.9 * START)
     torch.testing.assert_close(asked[:, 2], 1.1 * START)
@@ -23,27 +23,27 @@ def test_screens_the_start_the_start_scaled_and_samples_around_it():
 
 
 def test_scales_by_default():
-    _, asked = begin(Hybrid())
+    _, asked = begin(Multistart())
     torch.testing.assert_close(asked[:, 1:3], torch.stack([0.7 * START, 1.3 * START], 1))
     assert asked.shape[1] == 4
 
 
 def test_samples_have_the_spread_asked_for_and_come_from_the_seed():
     wide = torch.full((1, 2000), 2.0)
-    _, asked = begin(Hybrid(starts=3, scales=(), spread=0.25), wide)
+    _, asked = begin(Multistart(starts=3, scales=(), spread=0.25), wide)
     assert float((asked[0, 1:] - wide).std()) == pytest.approx(0.25, rel=0.05)
-    assert torch.equal(begin(Hybrid(), seed=5)[1], begin(Hybrid(), seed=5)[1])
-    assert not torch.equal(begin(Hybrid(), seed=5)[1], begin(Hybrid(), seed=6)[1])
+    assert torch.equal(begin(Multistart(), seed=5)[1], begin(Multistart(), seed=5)[1])
+    assert not torch.equal(begin(Multistart(), seed=5)[1], begin(Multistart(), seed=6)[1])
 
 
 def test_from_the_mean_there_is_nothing_to_scale():
-    _, asked = begin(Hybrid(starts=4), torch.zeros(1, 3))
+    _, asked = begin(Multistart(starts=4), torch.zeros(1, 3))
     assert torch.equal(asked[0, 0], torch.zeros(3))
     assert len(asked[0].unique(dim=0)) == 4
 
 
 def test_each_person_goes_on_from_their_best_start():
-    run, asked = begin(Hybrid(starts=3, scales=(0.9, 1.1)))
+    run, asked = begin(Multistart(starts=3, scales=(0.9, 1.1)))
     assert not run.gradients and run.stage == "screening"
     run.tell(torch.tensor([3.0, 1.0, 2.0, 2.0, 5.0, 1.0]), None)
     torch.testing.assert_close(run.ask(), torch.stack([asked[0, 1], asked[1, 2]]))

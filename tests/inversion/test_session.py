@@ -8,9 +8,9 @@ import torch
 from w2wpp import Basis, Identity, Layout, Module, Space, build_codec
 from w2wpp.errors import ConfigError
 from w2wpp.inversion import (
-    FAR,
+    FROM_AVERAGE,
+    FROM_GUESS,
     METHODS,
-    NEAR,
     Adam,
     NoiseSchedule,
     Objective,
@@ -47,10 +47,10 @@ def space():
 @pytest.mark.parametrize("method", METHODS)
 def test_a_guessed_start_gets_the_short_recipe_and_any_other_the_long_one(space, method):
     somebody = Identity(torch.ones(1, D), space.fingerprint)
-    assert recipe_for(space, method) == NEAR[method]
-    assert recipe_for(space, method, somebody) == FAR[method]
-    assert recipe_for(replace(space, start=None), method) == FAR[method]
-    with pytest.raises(ConfigError, match="adam, cma, hybrid"):
+    assert recipe_for(space, method) == FROM_GUESS[method]
+    assert recipe_for(space, method, somebody) == FROM_AVERAGE[method]
+    assert recipe_for(replace(space, start=None), method) == FROM_AVERAGE[method]
+    with pytest.raises(ConfigError, match="adam, cma, multistart"):
         recipe_for(space, "newton")
 
 
@@ -93,7 +93,7 @@ def test_no_steps_are_the_start_itself(space):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_recipes_know_what_their_optimiser_needs(method):
-    for recipe in (NEAR[method], FAR[method]):
+    for recipe in (FROM_GUESS[method], FROM_AVERAGE[method]):
         assert recipe.gradients == (method != "cma")
         assert recipe.adjusted(pivotal=0.5).gradients
         assert recipe.fresh == recipe.objective.get("fresh", False)

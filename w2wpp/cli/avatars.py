@@ -12,8 +12,9 @@ from typing import Any
 from ..avatars.places import MODELS, WORK, World
 from ..avatars.stages import BASE, DATASET, NAMED, SHIPPED, STAGES, Stage, require_inputs
 from ..errors import ConfigError
-from ..inversion import METHODS
+from ..inversion import METHODS, OLDER_NAMES
 from .printing import Result, log
+from .renamed import renamed
 
 
 def register(verbs: Any) -> None:
@@ -116,7 +117,7 @@ def _register_invert(verbs: Any) -> None:
     parser.add_argument("space", type=Path, metavar="SPACE")
     parser.add_argument("image", type=Path, metavar="IMAGE", help="32 x 32")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="ID")
-    parser.add_argument("--method", choices=METHODS, default="adam")
+    parser.add_argument("--method", type=renamed(OLDER_NAMES), choices=METHODS, default="adam")
     parser.add_argument("--mask", type=Path, help="32 x 32, white where the picture counts")
     parser.add_argument(
         "--checkpoint", type=Path, metavar="FILE", help="saved there; taken up again if it exists"

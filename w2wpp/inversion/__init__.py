@@ -4,23 +4,24 @@ from ..diffusion.schedule import NoiseSchedule
 from .adam import Adam
 from .cma import Cma
 from .driver import Callback, Progress, Solution, StopInversion, invert
-from .multistart import Hybrid
+from .multistart import Multistart
 from .objective import Denoise, Draw, Objective
 from .optimiser import Optimiser, Run
 from .pivotal import Pivotal
-from .recipes import FAR, METHODS, NEAR, Recipe, recipe_for
+from .recipes import FROM_AVERAGE, FROM_GUESS, METHODS, OLDER_NAMES, Recipe, recipe_for
 from .session import Session, session, start_from
 
 __all__ = [
-    "FAR",
+    "FROM_AVERAGE",
+    "FROM_GUESS",
     "METHODS",
-    "NEAR",
+    "OLDER_NAMES",
     "Adam",
     "Callback",
     "Cma",
     "Denoise",
     "Draw",
-    "Hybrid",
+    "Multistart",
     "NoiseSchedule",
     "Objective",
     "Optimiser",

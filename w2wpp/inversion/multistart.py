@@ -14,30 +14,32 @@ from .adam import Adam, AdamRun
 
 
 @dataclass(frozen=True)
-class Hybrid:
+class Multistart:
+    """Screen several starts for one step, then follow the gradient from each person's best."""
+
     gradients: ClassVar[bool] = True
 
     starts: int = 4  # candidates: the start, the start scaled, and samples around it
     scales: tuple[float, ...] = (0.7, 1.3)  # of the start; from the mean they say nothing
-    spread: float = 0.5  # deviation of the samples around the start
+    spread: float = 0.5  # standard deviation of the samples around the start
     adam: Adam = field(default_factory=Adam)
 
     def __post_init__(self) -> None:
         check_finite("Hybrid", spread=self.spread, **{f"scale {s}": s for s in self.scales})
         if self.starts < 1 or self.spread < 0:
             raise ConfigError(
-                f"Hybrid wants at least one start and no negative spread. Got {self}."
+                f"Multistart takes one start or more and a spread of zero or more. Got {self}."
             )
 
-    def with_rate(self, rate: float) -> Hybrid:
+    def with_rate(self, rate: float) -> Multistart:
         return replace(self, adam=self.adam.with_rate(rate))
 
-    def begin(self, start: Tensor, *, steps: int, seed: int) -> HybridRun:
-        return HybridRun(self, start, steps, seed)
+    def begin(self, start: Tensor, *, steps: int, seed: int) -> MultistartRun:
+        return MultistartRun(self, start, steps, seed)
 
 
-class HybridRun:
-    def __init__(self, settings: Hybrid, start: Tensor, steps: int, seed: int) -> None:
+class MultistartRun:
+    def __init__(self, settings: Multistart, start: Tensor, steps: int, seed: int) -> None:
         self.settings, self.steps, self.start = settings, steps, start.detach().clone()
         self.candidates = self._candidates(torch.Generator().manual_seed(seed % 2**63))
         self.run: AdamRun | None = None

@@ -14,7 +14,7 @@ from ..identity import Identity
 from ..space import Space
 from .adam import Adam
 from .cma import Cma
-from .multistart import Hybrid
+from .multistart import Multistart
 from .optimiser import Optimiser
 from .pivotal import Pivotal
 
@@ -78,11 +78,12 @@ class Recipe:
         return self.pivotal.steps / self.steps if self.pivotal else 0.0
 
 
-NEAR = {
+# From a start network's guess of the person.
+FROM_GUESS = {
     "adam": Recipe(Adam(lr=0.02), 12, {"draws": 8, "fresh": True}, keep="last"),
     "cma": Recipe(Cma(population=8, sigma=0.05), 8, {"draws": 4}),
-    "hybrid": Recipe(
-        Hybrid(spread=0.05, scales=(0.9, 1.1), adam=Adam(lr=0.02)),
+    "multistart": Recipe(
+        Multistart(spread=0.05, scales=(0.9, 1.1), adam=Adam(lr=0.02)),
         12,
         {"draws": 8, "fresh": True},
         keep="last",
@@ -90,12 +91,16 @@ NEAR = {
 }
 # The loss on the noise, and another draw in every step: that of weights2weights, with a rate that falls to zero.
 _PAPER = {"fresh": True, "weighting": "eps"}
-FAR = {
+# From the average person of a space.
+FROM_AVERAGE = {
     "adam": Recipe(Adam(lr=0.1), 400, {"draws": 1, **_PAPER}, None, "mean", "last"),
     "cma": Recipe(Cma(sigma=0.3), 80, {"draws": 8, "prior": 1e-4}, None, "mean"),
-    "hybrid": Recipe(Hybrid(adam=Adam(lr=0.1)), 100, {"draws": 4, **_PAPER}, None, "mean", "last"),
+    "multistart": Recipe(
+        Multistart(adam=Adam(lr=0.1)), 100, {"draws": 4, **_PAPER}, None, "mean", "last"
+    ),
 }
-METHODS = tuple(FAR)
+METHODS = tuple(FROM_AVERAGE)
+OLDER_NAMES = {"hybrid": "multistart"}  # in saved graphs and scripts
 
 
 def recipe_for(space: Space, method: str, start: Identity | None = None) -> Recipe:
@@ -103,6 +108,7 @@ def recipe_for(space: Space, method: str, start: Identity | None = None) -> Reci
 
     A start that somebody brings may lie anywhere, so it gets the long one. Raises ConfigError for an unknown method.
     """
+    method = OLDER_NAMES.get(method, method)
     if method not in METHODS:
         raise ConfigError(f"The methods are {', '.join(METHODS)}. Got {method!r}.")
-    return (NEAR if start is None and space.start is not None else FAR)[method]
+    return (FROM_GUESS if start is None and space.start is not None else FROM_AVERAGE)[method]

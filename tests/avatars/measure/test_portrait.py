@@ -20,7 +20,7 @@ WHO = 31  # row of the picture's person among the held-out people that ship
 SPACE = MODELS / "avatars.safetensors"
 
 
-@pytest.mark.parametrize("method", ["adam", "cma", "hybrid"])
+@pytest.mark.parametrize("method", ["adam", "cma", "multistart"])
 def test_the_person_of_the_picture_is_found(run, method):
     code, result, err = run("invert", SPACE, PORTRAIT, "--method", method, "-o", "id.safetensors")
     assert code == 0, err

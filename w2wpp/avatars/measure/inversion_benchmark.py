@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ...errors import ConfigError, DataError
-from ...inversion import FAR, NEAR, Adam, Cma, Objective, Pivotal, Recipe
+from ...inversion import FROM_AVERAGE, FROM_GUESS, Adam, Cma, Objective, Pivotal, Recipe
 from ...metrics import estimate, id_scores, pose_diversity
 from ...spacefile import load_space
 from ...training.dataset import load_dataset
@@ -46,7 +46,7 @@ class Row:
 def rows() -> dict[str, Row]:
     """In the order of their importance, so that an interrupted run holds what matters."""
     paper = Recipe(Adam(lr=0.1, betas=(0.9, 0.999), anneal=False), 400, PAPER, None, "mean", "last")
-    best = NEAR["adam"]
+    best = FROM_GUESS["adam"]
     found = {
         "own_lora": Row("own LoRA, 32 pictures", "reference"),
         "w2wpp": Row("VAE, amortised start, Adam (default)", "VAE", best, "avatars"),
@@ -65,15 +65,19 @@ def rows() -> dict[str, Row]:
             Recipe(Adam(lr=0.1), 50, {"draws": 8}, None, "mean", "last"),
         ),
         "single_dreambooth": Row("DreamBooth on the one picture", "weights"),
-        "cma": Row("VAE, amortised start, CMA-ES", "VAE, CMA-ES", NEAR["cma"], "avatars"),
-        "hybrid": Row("VAE, screened starts, Adam", "VAE, hybrid", NEAR["hybrid"], "avatars"),
+        "cma": Row("VAE, amortised start, CMA-ES", "VAE, CMA-ES", FROM_GUESS["cma"], "avatars"),
+        "multistart": Row(
+            "VAE, screened starts, Adam", "VAE, hybrid", FROM_GUESS["multistart"], "avatars"
+        ),
         "pivotal": Row(
             "VAE, amortised start, Adam, pivotal",
             "VAE, pivotal",
             replace(best, pivotal=Pivotal(steps=4, lr=0.02)),
             "avatars",
         ),
-        "mean_adam": Row("VAE, from the mean, Adam", "VAE from the mean", FAR["adam"], "avatars"),
+        "mean_adam": Row(
+            "VAE, from the mean, Adam", "VAE from the mean", FROM_AVERAGE["adam"], "avatars"
+        ),
     }
     for size in (16, 64, 256):
         found[f"pca_{size}"] = Row(f"PCA {size}, Adam as in w2w", "PCA", paper, f"pca-{size}")
