@@ -62,9 +62,9 @@ class InvertFromImage(io.ComfyNode):
                     "method",
                     options=list(inversion.METHODS),
                     default="adam",
-                    tooltip="adam follows the gradient and is the fastest. multistart first tries several starting points, "
-                    "then follows the gradient from the best. cma needs no gradients, and so no more memory than painting, "
-                    "but runs the model many more times.",
+                    tooltip="adam follows the gradient and is the fastest. multistart first tries several "
+                    "starting points, then follows the gradient from the best. cma needs no gradients, and "
+                    "so no more memory than painting, but runs the model many more times.",
                 ),
                 io.Int.Input(
                     "steps",
