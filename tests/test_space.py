@@ -79,6 +79,15 @@ def test_residual_is_added_in_coefficients(space):
     assert torch.allclose(space.decode(z, residual), space.decode(z) + lifted, atol=1e-4)
 
 
+def test_a_residual_is_what_latents_do_not_express(space):
+    z = space.sample(3, generator=generator()).z
+    c = space.basis.project(space.decode(z)) + torch.randn(3, space.basis.n_components)
+    with torch.no_grad():
+        again = space.decode(z, space.residual(c, z))
+    torch.testing.assert_close(again, space.lift(c), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(space.basis.mean, space.lift(torch.zeros_like(c))[0])
+
+
 def test_latents_are_standardised(make_space):
     space = make_space("pca")
     w = space.lift(torch.randn(5, space.basis.n_components))

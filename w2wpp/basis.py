@@ -276,6 +276,11 @@ class AffineBasis:
         """[K], all one: every number of the vector weighs the same."""
         return torch.ones(self.n_components)
 
+    @property
+    def mean(self) -> Tensor:
+        """[P], what coefficients of zero lift to."""
+        return torch.full((self.size,), self.shift)
+
     def project(self, w: Array) -> Tensor:
         """w [B, P] -> c [B, P], in single precision."""
         w = as_batch(w, self.size, "vectors", "P")

@@ -80,7 +80,7 @@ def encode_lora(
     z = space.encode(w[None]).mean
     rest = None
     if residual:
-        rest = space.basis.project(w[None]) - space.basis.project(space.decode(z))
+        rest = space.residual(space.basis.project(w[None]), z)
     how: dict[str, Any] = {"made_by": "encode"}
     if file.path:
         how["files"] = [Path(file.path).name]
@@ -172,7 +172,7 @@ def update_error(matched: Lora, decoded: Lora, layout: Layout) -> float:
 
 def weight_share(space: Space, w: Tensor, reconstruction: Tensor) -> float:
     """The share of the standardised distance of w [P] from the mean LoRA that is reconstructed."""
-    mean = space.lift(torch.zeros(1, space.basis.n_components))[0]
+    mean = space.basis.mean  # type: ignore[union-attr]  # encode_lora sends delta bases elsewhere
     missed = space.basis.standardise(w - reconstruction).square().sum()
     return float(1.0 - missed / space.basis.standardise(w - mean).square().sum())
 

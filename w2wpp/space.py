@@ -179,6 +179,10 @@ class Space:
         c = c if identity.residual is None else c + identity.residual
         return float(self.basis.kept_energy(c, w)[0])
 
+    def residual(self, c: Tensor, z: Tensor) -> Tensor:
+        """What latents z [B, d] can't express of coefficients c [B, K], such that decode(z, residual) has them all."""
+        return c - self.codec.decode(self.codec_latent(z))
+
     def lift(self, c: Array) -> Tensor:
         """Whitened coefficients c [B, K] -> w [B, P]."""
         c = as_batch(c, self.basis.n_components, "coefficients", "K")

@@ -17,7 +17,7 @@ from .errors import ConfigError, ShapeError
 
 
 class StartNetwork(nn.Module):
-    """Pictures [n, 3, H, W] in [-1, 1] -> latents [n, d]. Layers come from a namespace `operations`."""
+    """Pictures [n, 3, H, W] in [-1, 1] -> latents [n, d]."""
 
     scale: Tensor  # []
     spread: Tensor  # [r, d] how latents move when a person differs by one deviation in what the network reads
@@ -30,7 +30,6 @@ class StartNetwork(nn.Module):
         size: int = 32,
         width: int = 32,
         features: int = 128,
-        operations: Any = nn,
     ) -> None:
         super().__init__()
         if size % 8 or width % 8 or min(size, width, features, latent_size) < 1:
@@ -38,11 +37,11 @@ class StartNetwork(nn.Module):
                 f"A start network's size and width are multiples of 8. Got {size=}, {width=}."
             )
         self.latent_size, self.size, self.width, self.features = latent_size, size, width, features
-        self.stem = operations.Conv2d(12, width, 3, padding=1)
-        blocks = [_Block(width, 2 * width, operations), _Block(2 * width, 3 * width, operations)]
+        self.stem = nn.Conv2d(12, width, 3, padding=1)
+        blocks = [_Block(width, 2 * width), _Block(2 * width, 3 * width)]
         self.blocks = nn.ModuleList(blocks)
-        self.neck = operations.Linear(3 * width * (size // 8) ** 2, features)
-        self.head = operations.Linear(features, latent_size)
+        self.neck = nn.Linear(3 * width * (size // 8) ** 2, features)
+        self.head = nn.Linear(features, latent_size)
         self.register_buffer("scale", torch.ones(()))
         self.register_buffer("spread", torch.zeros(rank, latent_size))
 
@@ -73,13 +72,13 @@ class StartNetwork(nn.Module):
 class _Block(nn.Module):
     """Two convolutions around a shortcut, then half the resolution."""
 
-    def __init__(self, width_in: int, width_out: int, operations: Any) -> None:
+    def __init__(self, width_in: int, width_out: int) -> None:
         super().__init__()
-        self.first = operations.Conv2d(width_in, width_out, 3, padding=1)
-        self.second = operations.Conv2d(width_out, width_out, 3, padding=1)
-        self.shortcut = operations.Conv2d(width_in, width_out, 1)
-        self.norm_first = operations.GroupNorm(8, width_in)
-        self.norm_second = operations.GroupNorm(8, width_out)
+        self.first = nn.Conv2d(width_in, width_out, 3, padding=1)
+        self.second = nn.Conv2d(width_out, width_out, 3, padding=1)
+        self.shortcut = nn.Conv2d(width_in, width_out, 1)
+        self.norm_first = nn.GroupNorm(8, width_in)
+        self.norm_second = nn.GroupNorm(8, width_out)
 
     def forward(self, hidden: Tensor) -> Tensor:
         inner = self.first(F.silu(self.norm_first(hidden)))
@@ -87,8 +86,7 @@ class _Block(nn.Module):
         return F.avg_pool2d(self.shortcut(hidden) + inner, 2)
 
 
-def build_start(config: Mapping[str, Any], *, operations: Any = nn) -> StartNetwork:
+def build_start(config: Mapping[str, Any]) -> StartNetwork:
     """The network that a `config` describes."""
-    sizes = {key: int(config[key]) for key in ("latent_size", "rank", "size", "width", "features")}
-    latent_size = sizes.pop("latent_size")
-    return StartNetwork(latent_size, operations=operations, **sizes)
+    sizes = ("latent_size", "rank", "size", "width", "features")
+    return StartNetwork(**{key: int(config[key]) for key in sizes})

@@ -215,7 +215,7 @@ def test_bad_files_are_one_sentence_and_nothing_is_written(run, folder, case):
 def test_bad_settings_and_identities(run, folder, tmp_path):
     cases = [
         (("import-w2w", folder, "--components", 7, "-o", "x"), "V.pt holds 6 components"),
-        (("import-w2w", folder, "--components", 0, "-o", "x"), "V.pt holds 6 components"),
+        (("import-w2w", folder, "--components", 0, "-o", "x"), "whole numbers from 1"),
         (("import-w2w", "nowhere", "-o", "x"), "no such folder"),
     ]
     run("import-w2w", folder, "-o", "space.safetensors")

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
-
 from ..errors import ConfigError
 from .base import Codec, Posterior
 from .original import Original
@@ -20,8 +18,8 @@ CODECS: dict[str, Any] = {c.name: c for c in (PCA, SkipVAE, MLPVAE, Original, Or
 OLDER_NAMES = {c.stored_name: name for name, c in CODECS.items() if c.stored_name}
 
 
-def build_codec(config: Mapping[str, Any], *, operations: Any = nn) -> Codec:
-    """A codec with fresh weights from its configuration; `operations` makes the layers."""
+def build_codec(config: Mapping[str, Any]) -> Codec:
+    """A codec with fresh weights from its configuration."""
     options = dict(config)
     name = options.pop("name", None)
     name = OLDER_NAMES.get(name, name)
@@ -29,7 +27,7 @@ def build_codec(config: Mapping[str, Any], *, operations: Any = nn) -> Codec:
         raise ConfigError(f"Unknown codec {name!r}; this release has {', '.join(CODECS)}.")
     _check_options(options)
     try:
-        return CODECS[name](**options, operations=operations)
+        return CODECS[name](**options)
     except ConfigError:
         raise
     except (TypeError, ValueError, RuntimeError) as e:

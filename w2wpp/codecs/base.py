@@ -57,10 +57,7 @@ class Dropout(nn.Module):
 
 
 class Codec(nn.Module):
-    """Subclasses define `_encode`, `_decode` and `options`.
-
-    Layers come from a namespace `operations`: torch.nn, or a host's own.
-    """
+    """Subclasses define `_encode`, `_decode` and `options`."""
 
     name: ClassVar[str]
     stored_name: ClassVar[str] = ""  # in files, where it was another from the first; fingerprints depend on it

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import nn
 
@@ -25,9 +24,8 @@ class Original(MLPVAE):
         latent_size: int,
         *,
         hidden: Sequence[int] = (2048, 1024),
-        operations: Any = nn,
     ) -> None:
-        super().__init__(coefficient_size, latent_size, hidden=hidden, operations=operations)
+        super().__init__(coefficient_size, latent_size, hidden=hidden)
 
     def _head(self) -> Sequence[nn.Module]:
         return (nn.Tanh(),)

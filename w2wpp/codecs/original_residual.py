@@ -28,7 +28,6 @@ class OriginalResidual(Codec):
         *,
         hidden: Sequence[int] = (1024, 1024, 1024, 1024),
         inner: Sequence[int] = (),
-        operations: Any = nn,
     ) -> None:
         super().__init__(coefficient_size, latent_size)
         if not hidden or len(set(hidden)) != 1 or len(inner) not in (0, 5):
@@ -42,15 +41,15 @@ class OriginalResidual(Codec):
         p, d = coefficient_size, latent_size
 
         def pair(size_in: int, middle: int, size_out: int) -> nn.Sequential:
-            linear = operations.Linear
+            linear = nn.Linear
             return nn.Sequential(linear(size_in, middle), nn.ReLU(), linear(middle, size_out))
 
         self.first_layer = pair(p, first, h)
-        self.encoder = nn.Sequential(*(_Block(h, block, operations) for _ in hidden))
+        self.encoder = nn.Sequential(*(_Block(h, block) for _ in hidden))
         self.fc_mu = pair(h, mu, d)
         self.fc_var = pair(h, var, d)
-        self.decoder_input = operations.Linear(d, h)
-        self.decoder = nn.Sequential(*(_Block(h, block, operations) for _ in hidden))
+        self.decoder_input = nn.Linear(d, h)
+        self.decoder = nn.Sequential(*(_Block(h, block) for _ in hidden))
         self.final_layer = pair(h, final, p)
 
     def options(self) -> dict[str, Any]:
@@ -65,14 +64,14 @@ class OriginalResidual(Codec):
 
 
 class _Block(nn.Module):
-    def __init__(self, width: int, inner: int, operations: Any) -> None:
+    def __init__(self, width: int, inner: int) -> None:
         super().__init__()
         self.block = nn.Sequential(
-            operations.Linear(width, inner),
+            nn.Linear(width, inner),
             nn.ReLU(),
-            operations.LayerNorm(inner),
-            operations.Linear(inner, width),
-            operations.LayerNorm(width),
+            nn.LayerNorm(inner),
+            nn.Linear(inner, width),
+            nn.LayerNorm(width),
         )
 
     def forward(self, h: Tensor) -> Tensor:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import ConfigError
 from .base import LOGVAR_MIN, Codec, Posterior
@@ -16,7 +14,7 @@ class PCA(Codec):
 
     name = "pca"
 
-    def __init__(self, coefficient_size: int, latent_size: int, *, operations: Any = nn) -> None:
+    def __init__(self, coefficient_size: int, latent_size: int) -> None:
         super().__init__(coefficient_size, latent_size)
         if latent_size != coefficient_size:
             raise ConfigError(

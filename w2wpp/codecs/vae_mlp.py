@@ -31,7 +31,6 @@ class MLPVAE(Codec):
         latent_size: int,
         *,
         hidden: Sequence[int] = (512, 256),
-        operations: Any = nn,
     ) -> None:
         super().__init__(coefficient_size, latent_size)
         self.hidden = tuple(hidden)
@@ -40,15 +39,15 @@ class MLPVAE(Codec):
         back = self.hidden[::-1]
 
         def layer(size_in: int, size_out: int) -> nn.Sequential:
-            return nn.Sequential(operations.Linear(size_in, size_out), nn.LeakyReLU(0.01))
+            return nn.Sequential(nn.Linear(size_in, size_out), nn.LeakyReLU(0.01))
 
         self.encoder = nn.Sequential(*(layer(i, o) for i, o in pairwise(widths)))
-        self.fc_mu = operations.Linear(widths[-1], latent_size)
-        self.fc_var = operations.Linear(widths[-1], latent_size)
-        self.decoder_input = operations.Linear(latent_size, widths[-1])
+        self.fc_mu = nn.Linear(widths[-1], latent_size)
+        self.fc_var = nn.Linear(widths[-1], latent_size)
+        self.decoder_input = nn.Linear(latent_size, widths[-1])
         self.decoder = nn.Sequential(*(layer(i, o) for i, o in pairwise(back)))
         self.final_layer = nn.Sequential(
-            operations.Linear(back[-1] if back else coefficient_size, coefficient_size),
+            nn.Linear(back[-1] if back else coefficient_size, coefficient_size),
             *self._head(),
         )
 

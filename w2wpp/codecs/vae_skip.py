@@ -33,7 +33,6 @@ class SkipVAE(Codec):
         *,
         hidden: Sequence[int] = (256,),
         dropout: float = 0.0,
-        operations: Any = nn,
     ) -> None:
         super().__init__(coefficient_size, latent_size)
         if latent_size > coefficient_size:
@@ -41,13 +40,13 @@ class SkipVAE(Codec):
         self.hidden, self.dropout = tuple(hidden), float(dropout)
         k, d = coefficient_size, latent_size
         self.register_buffer("gain", torch.ones(k))
-        self.encoder_linear = operations.Linear(k, d, bias=False)
-        self.encoder = _mlp(k, self.hidden, self.dropout, operations)
-        self.fc_mu = operations.Linear(self._width(k), d)
-        self.fc_var = operations.Linear(self._width(k), d)
-        self.decoder_linear = operations.Linear(d, k)
-        self.decoder = _mlp(d, self.hidden, self.dropout, operations)
-        self.final_layer = operations.Linear(self._width(d), k, bias=False)
+        self.encoder_linear = nn.Linear(k, d, bias=False)
+        self.encoder = _mlp(k, self.hidden, self.dropout)
+        self.fc_mu = nn.Linear(self._width(k), d)
+        self.fc_var = nn.Linear(self._width(k), d)
+        self.decoder_linear = nn.Linear(d, k)
+        self.decoder = _mlp(d, self.hidden, self.dropout)
+        self.final_layer = nn.Linear(self._width(d), k, bias=False)
         self._start_at_pca()
 
     def options(self) -> dict[str, Any]:
@@ -88,8 +87,8 @@ class SkipVAE(Codec):
         return padded + (self.decoder_linear(z) + self.final_layer(self.decoder(z))) * self.gain
 
 
-def _mlp(size_in: int, hidden: Sequence[int], dropout: float, operations: Any) -> nn.Sequential:
+def _mlp(size_in: int, hidden: Sequence[int], dropout: float) -> nn.Sequential:
     layers: list[nn.Module] = []
     for i, o in zip([size_in, *hidden], hidden):
-        layers += [operations.Linear(i, o), nn.SiLU(), Dropout(dropout)]
+        layers += [nn.Linear(i, o), nn.SiLU(), Dropout(dropout)]
     return nn.Sequential(*layers)

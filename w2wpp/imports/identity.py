@@ -31,7 +31,7 @@ def read_coefficients(
             "or trained on its basis."
         )
     c, dropped = whitened(load_tensor(path, ndim=2), space.basis.singular_values)
-    raw = space.codec.encode(c).mean
-    rest = c - space.codec.decode(raw) if residual else None
+    z = space.latent_of(space.codec.encode(c).mean)
+    rest = space.residual(c, z) if residual else None
     how = {"made_by": "import-identity", "files": [Path(path).name]}
-    return Identity(space.latent_of(raw), space.fingerprint, rest, how), dropped
+    return Identity(z, space.fingerprint, rest, how), dropped
