@@ -82,3 +82,65 @@ def test_files_of_the_old_kind_and_compressed_ones(tmp_path):
             z.writestr(item.filename, source.read(item), zipfile.ZIP_DEFLATED)
     with pytest.raises(FormatError):
         open_matrix(tmp_path / "z.pt")
+
+
+def odd_tensors():
+    return {
+        "a sparse or nested tensor": torch.eye(3).to_sparse(),
+        "a sparse or nested tensor ": torch.eye(3).to_sparse_csr(),
+        "a sparse or nested tensor  ": torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+        "a tensor without numbers": torch.ones(3, device="meta"),
+        "of which the file holds only a part": torch.ones(1).expand(10**6, 10**6),
+        "of which the file holds only a part ": torch.ones(1).expand(10**12),
+        "a quantised tensor": torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8),
+    }
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("what", odd_tensors())
+@pytest.mark.parametrize("inside", [False, True], ids=["alone", "in a table of lists"])
+def test_tensors_that_are_no_plain_numbers(tmp_path, what, inside):
+    odd = odd_tensors()[what]
+    torch.save({"more": [{"weight": odd}]} if inside else odd, tmp_path / "odd.pt")
+    with pytest.raises(
+        FormatError, match=rf"odd\.pt holds .*({what.strip()})|pickled Python objects"
+    ):
+        load_torch(tmp_path / "odd.pt")
+    with pytest.raises(FormatError):
+        load_tensor(tmp_path / "odd.pt", ndim=1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.complex64, torch.int64, torch.bool])
+def test_types_that_are_no_numbers_of_a_space(tmp_path, dtype):
+    torch.save(torch.ones(3, 3).to(dtype), tmp_path / "odd.pt")
+    with pytest.raises(FormatError, match="expected floating-point"):
+        open_matrix(tmp_path / "odd.pt")
+
+
+def test_a_parameter_is_a_tensor(tmp_path):
+    torch.save(torch.nn.Parameter(torch.ones(3)), tmp_path / "p.pt")
+    assert not load_tensor(tmp_path / "p.pt", ndim=1).requires_grad
+    torch.save(torch.nn.Parameter(torch.ones(3, 2)), tmp_path / "m.pt")
+    assert torch.equal(
+        open_matrix(tmp_path / "m.pt").part(slice(0, 3), slice(0, 2)), torch.ones(3, 2)
+    )
+
+
+def test_an_archive_that_unpacks_to_more_than_itself(tmp_path):
+    """A megabyte of zeros in a kilobyte, as a trap would have it at larger sizes."""
+    torch.save(torch.zeros(1000, 250), tmp_path / "m.pt")
+    with zipfile.ZipFile(tmp_path / "m.pt") as source, zipfile.ZipFile(tmp_path / "z.pt", "w") as z:
+        for item in source.infolist():
+            z.writestr(item.filename, source.read(item), zipfile.ZIP_DEFLATED)
+    assert (tmp_path / "z.pt").stat().st_size < 10_000
+    with pytest.raises(FormatError, match="compressed archive"):
+        load_torch(tmp_path / "z.pt")
+
+
+def test_a_matrix_whose_file_was_replaced(tmp_path):
+    torch.save(torch.ones(5, 4), tmp_path / "m.pt")
+    matrix = open_matrix(tmp_path / "m.pt")
+    torch.save(torch.zeros(5, 4), tmp_path / "other.pt")
+    (tmp_path / "other.pt").replace(tmp_path / "m.pt")
+    with pytest.raises(FormatError, match="was replaced"):
+        matrix.columns(slice(0, 2))

@@ -33,13 +33,17 @@ class Checkpoint:
         """Tensors and numbers as they were saved; nothing where there is no file."""
         if not self.path.exists():
             return {}, {}
-        file = open_container(self.path, FORMAT)
-        if file.config.get("of") != self.of:
-            raise FormatError(
-                f"{self.path} is the checkpoint of an inversion of other pictures, or with other settings. Remove it, "
-                "name another file, or give the pictures and settings that it was made with."
-            )
-        return {name: file.read(name) for name in file.entries}, file.config["numbers"]
+        with open_container(self.path, FORMAT) as file:
+            if file.config.get("of") != self.of:
+                raise FormatError(
+                    f"{self.path} is the checkpoint of an inversion of other pictures, or with other settings. Remove "
+                    "it, name another file, or give the pictures and settings that it was made with."
+                )
+            numbers = file.config.get("numbers")
+            if not isinstance(numbers, dict) or not numbers:
+                raise FormatError(f"{self.path}: this checkpoint lacks its numbers. Remove it.")
+            # A loss is infinite as long as nothing was compared.
+            return {n: file.read(n, finite=n != "loss") for n in file.entries}, numbers
 
     def remove(self) -> None:
         self.path.unlink(missing_ok=True)

@@ -11,7 +11,7 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor
 
-from ..errors import ConfigError, DataError, ShapeError
+from ..errors import ConfigError, DataError, FormatError, ShapeError, reading
 from ..identity import Identity, require_same_space
 from .checkpoint import Checkpoint, digest
 from .objective import Draw, Objective
@@ -316,8 +316,17 @@ class _Inversion:
     def _resume(self) -> tuple[int, dict[str, Tensor]]:
         """The stage to go on with and its optimiser's state."""
         tensors, numbers = self.checkpoint.load() if self.checkpoint else ({}, {})
-        if not numbers:
+        if self.checkpoint is None or not numbers:
             return 0, {}
+        with reading(f"{self.checkpoint.path}: this checkpoint"):
+            return self._taken_up(tensors, numbers)
+
+    def _taken_up(
+        self, tensors: dict[str, Tensor], numbers: dict[str, Any]
+    ) -> tuple[int, dict[str, Tensor]]:
+        for name, t in (("z", self.z), ("loss", self.loss)):
+            if tensors[name].shape != t.shape:
+                raise FormatError(f"'{name}' is {list(tensors[name].shape)}, not {list(t.shape)}.")
         self.done, self.done_before = int(numbers["done"]), int(numbers["done_before"])
         self.before = self.objective.rows_evaluated - int(numbers["rows_evaluated"])
         self.history = [float(loss) for loss in numbers["history"]]
