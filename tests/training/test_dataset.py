@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from w2wpp import DataError, FormatError
+from w2wpp import ConfigError, DataError, FormatError
+from w2wpp.errors import ResourceError
 from w2wpp.training import dataset as module
 from w2wpp.training.dataset import VectorDataset, holdout_by_identity, load_dataset, write_dataset
 
@@ -60,7 +61,7 @@ def test_holdout_keeps_persons_together_and_is_seeded():
     assert len(identity[held].unique()) == 10
     assert torch.equal(held, draw(0)) and not torch.equal(held, draw(1))
     with pytest.raises(DataError, match="leaves none"):
-        holdout_by_identity(identity, 1.0, generator=torch.Generator())
+        holdout_by_identity(identity, 0.999, generator=torch.Generator())
 
 
 def test_a_person_on_both_sides_is_refused(dataset, tmp_path):
@@ -92,3 +93,58 @@ def test_truncated_file(dataset, tmp_path):
     (tmp_path / "d").write_bytes((tmp_path / "d").read_bytes()[:5000])
     with pytest.raises(FormatError, match="truncated"):
         load_dataset(tmp_path / "d")
+
+
+def test_a_killed_write_is_taken_up_and_gives_the_same_bytes(dataset, tmp_path):
+    w = dataset.vectors()
+    asked = []
+
+    def rows(start, die_at=None):
+        asked.append(start)
+        for i in range(start, len(w), 7):
+            if die_at is not None and i >= die_at:
+                raise KeyboardInterrupt
+            yield w[i : i + 7]
+
+    store(dataset, tmp_path / "whole")
+    for die_at in (20, 40):
+        with pytest.raises(KeyboardInterrupt):
+            store(dataset, tmp_path / "d", lambda start, at=die_at: rows(start, at))
+        assert not (tmp_path / "d").exists()
+    with open(tmp_path / "d.partial", "ab") as f:
+        f.write(b"half a row")
+    store(dataset, tmp_path / "d", rows)
+    assert asked[0] == 0 and 0 < asked[1] < asked[2] < 60
+    assert (tmp_path / "d").read_bytes() == (tmp_path / "whole").read_bytes()
+    assert not (tmp_path / "d.partial").exists()
+
+
+def test_what_is_left_of_another_write_is_not_taken_up(dataset, tmp_path):
+    w = dataset.vectors()
+
+    def die(start):
+        yield w[:30]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        store(dataset, tmp_path / "d", die)
+    read = store(dataset, tmp_path / "d", lambda start: iter([w[start:]]), provenance={"seed": 2})
+    assert torch.equal(read.vectors(), w) and read.provenance == {"seed": 2}
+
+
+def test_half_precision_halves_the_file_and_refuses_what_it_can_not_hold(dataset, tmp_path):
+    read = store(dataset, tmp_path / "d", precision="half")
+    assert torch.equal(read.vectors(), dataset.vectors().half().float())
+    assert torch.equal(read.vectors([3, 1]), read.vectors()[[3, 1]])
+    assert torch.equal(read.columns(torch.tensor([3, 1]), 2, 9), read.vectors()[[3, 1], 2:9])
+    with pytest.raises(DataError, match="65,504"):
+        store(dataset, tmp_path / "e", dataset.vectors() * 1e8, precision="half")
+    with pytest.raises(ConfigError, match="single or half"):
+        store(dataset, tmp_path / "e", precision="fp8")
+
+
+def test_a_disk_without_room_is_named_before_the_work(dataset, tmp_path, monkeypatch):
+    free = module.shutil._ntuple_diskusage(100, 90, 10)
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda folder: free)
+    with pytest.raises(ResourceError, match=r"GB free.*--half"):
+        store(dataset, tmp_path / "d")

@@ -134,7 +134,7 @@ def test_resumed_run_equals_the_uninterrupted_one(
     coefficients, basis, tmp_path, monkeypatch, patience, stage
 ):
     monkeypatch.setattr("w2wpp.training.fit_vae.CHECKPOINT_EVERY", 2)
-    settings = dataclasses.replace(SHORT, codec="vae-mlp", lr=1e-2, patience=patience)
+    settings = dataclasses.replace(SHORT, codec="vae-mlp", lr=4e-3, patience=patience)
     whole = fit_vae(coefficients, basis, settings)
     path = tmp_path / "run"
 

@@ -15,7 +15,7 @@ from ..codecs import OLDER_NAMES as OLDER_CODECS
 from ..errors import ConfigError, FormatError
 from ..files.container import open_container
 from ..imports.w2w import LICENCE, TRIGGER_PROMPT, open_w2w
-from ..imports.w2w_space import w2w_basis, w2w_coefficients
+from ..imports.w2w_space import hold_out, w2w_basis, w2w_coefficients
 from ..spacefile import load_space, save_directions, save_space
 from ..training import compute
 from ..training.checkpoint import forget
@@ -35,12 +35,13 @@ from ..training.fit_flow import with_flow
 from ..training.fit_start import StartTraining
 from ..training.fit_vae import fit_vae, linear_space
 from ..training.gather import gather_loras
-from ..training.ranks import current_ranks
+from ..training.ranks import among_ranks, current_ranks
 from ..training.report import without_curves
 from ..training.run import Progress
 from ..training.schedules import OLDER_NAMES as OLDER_SCHEDULES
 from ..training.schedules import SCHEDULES
 from ..training.start_table import fit_start_table
+from ..training.synthetic import STATEMENT, write_synthetic
 from ..weight_metric import METRICS
 from .layouts import find_layout
 from .printing import log
@@ -49,7 +50,7 @@ from .renamed import renamed
 HELP = {  # options of `train` that set a field of VaeTraining of the same name
     "latent": "latent size d; for pca the number of components kept",
     "epochs": "at most",
-    "batch": "rows per step, 0 for all",
+    "batch": "rows per step, 0 for all (default 128, a 32nd of sets above 8,192 rows, at most 2,048)",
     "lr": "learning rate",
     "weight_decay": "on matrices",
     "dropout": "in the residual networks of vae-skip",
@@ -61,6 +62,9 @@ HELP = {  # options of `train` that set a field of VaeTraining of the same name
     "patience": "epochs without a better value, 0 for no early stop",
     "seed": "of everything random",
 }
+
+
+HELDOUT = 0.1  # of the persons behind official files
 
 
 def register(verbs: Any) -> None:
@@ -85,6 +89,17 @@ def register(verbs: Any) -> None:
     p.add_argument("-o", "--output", required=True, metavar="DATA")
     p.set_defaults(run=dataset)
 
+    p = verbs.add_parser(
+        "synthesize", help="a synthetic twin of a data set, to try sizes and measure speed with"
+    )
+    p.add_argument("--rows", type=int, required=True, help="LoRAs; w2w has 64,974")
+    p.add_argument("--layout", default="sd15", help="sd15, or a space or data set that has it")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--heldout", type=float, default=0.1, help="share of the persons (default 0.1)")
+    p.add_argument("--half", action="store_true", help="in half precision: half the file")
+    p.add_argument("-o", "--output", required=True, metavar="DATA")
+    p.set_defaults(run=synthesize)
+
     p = verbs.add_parser("fit-basis", help="principal components of a data set, streamed")
     p.add_argument("data", metavar="DATA")
     p.add_argument("--components", type=int, required=True)
@@ -106,7 +121,7 @@ def register(verbs: Any) -> None:
     p.add_argument("--checkpoint", metavar="FILE", help="saved there; taken up again if it exists")
     compute.add_options(p)
     p.add_argument("-o", "--output", required=True, metavar="BASIS")
-    p.set_defaults(run=basis)
+    p.set_defaults(run=among_ranks(basis))
 
     p = verbs.add_parser("train", help="train a space on a basis and its coefficients")
     p.add_argument(
@@ -126,9 +141,9 @@ def register(verbs: Any) -> None:
         "--kl", type=renamed(OLDER_SCHEDULES), choices=sorted(SCHEDULES), help="KL annealing"
     )
     p.add_argument("--hidden", type=int, nargs="*", help="widths of the networks")
-    types = {f.name: type(f.default) for f in fields(VaeTraining)}
+    types = {f.name: int if f.name == "batch" else type(f.default) for f in fields(VaeTraining)}
     for name, text in HELP.items():
-        default = f" (default {getattr(VaeTraining, name)})"
+        default = "" if name == "batch" else f" (default {getattr(VaeTraining, name)})"
         p.add_argument(f"--{name.replace('_', '-')}", type=types[name], help=text + default)
     p.add_argument(
         "--prior",
@@ -137,11 +152,23 @@ def register(verbs: Any) -> None:
         help="flow: learn how people are spread; what is sampled stays N(0, I) (default gaussian)",
     )
     p.add_argument("--layout", default="sd15", help="of official w2w files (default sd15)")
+    p.add_argument(
+        "--heldout",
+        type=float,
+        metavar="SHARE",
+        help=f"of a folder of official files: share of the persons to keep out (default {HELDOUT})",
+    )
+    p.add_argument(
+        "--labels",
+        metavar="CSV",
+        help="of a folder of official files: says which rows are one person",
+    )
     p.add_argument("--checkpoint", metavar="FILE", help="saved there; taken up again if it exists")
+    compute.add_options(p)
     for fact in ("name", "space-version", "licence", "trigger-prompt"):
         p.add_argument(f"--{fact}", default="", help="stored in the space file")
     p.add_argument("-o", "--output", required=True, metavar="SPACE")
-    p.set_defaults(run=train)
+    p.set_defaults(run=among_ranks(train))
     _register_directions(verbs)
     _register_fit_start(verbs)
 
@@ -228,9 +255,29 @@ def dataset(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def synthesize(args: argparse.Namespace) -> dict[str, Any]:
+    written = write_synthetic(
+        args.output,
+        args.rows,
+        find_layout(args.layout),
+        seed=args.seed,
+        heldout=args.heldout,
+        precision="half" if args.half else "single",
+        callback=log,
+    )
+    return {
+        "data": args.output,
+        "rows": len(written),
+        "parameters": written.layout.size,
+        "persons": int(written.identity[-1]) + 1,
+        "heldout_rows": len(written.heldout_rows),
+        "source": STATEMENT,
+    }
+
+
 def basis(args: argparse.Namespace) -> dict[str, Any]:
-    data = load_dataset(args.data)
     ranks = current_ranks()
+    data = load_dataset(args.data)
     fitted = fit_coefficients(
         data,
         args.components,
@@ -241,18 +288,18 @@ def basis(args: argparse.Namespace) -> dict[str, Any]:
         compute=Compute.pick(args.device, args.precision),
         ranks=ranks,
         checkpoint=args.checkpoint,
-        callback=_say if ranks.is_writer else lambda line: None,
+        callback=log if ranks.is_writer else lambda line: None,
     )
     if not ranks.is_writer:
         return {}
-    save_coefficients(args.output, fitted.coefficients, fitted.basis, fitted.report)
-    if args.checkpoint:
-        forget(args.checkpoint)
     if not fitted.report.get("converged", True):
-        _say(
+        log(
             f"the iteration was cut short: about {fitted.report['variance_lost']:.1e} of the captured variance is "
             "missing. Raise --iterations or --tolerance."
         )
+    save_coefficients(args.output, fitted.coefficients, fitted.basis, fitted.report)
+    if args.checkpoint:
+        forget(args.checkpoint)
     r2 = linear_space(fitted.coefficients, fitted.basis).training_report["weight_r2"]
     sizes = {
         "rows": len(data),
@@ -262,11 +309,9 @@ def basis(args: argparse.Namespace) -> dict[str, Any]:
     return {"basis": args.output, **sizes, "weight_r2": r2, "fit": fitted.report}
 
 
-def _say(line: str) -> None:
-    print(f"w2wpp: {line}", file=sys.stderr)
-
-
 def train(args: argparse.Namespace) -> dict[str, Any]:
+    ranks = current_ranks()
+    where = Compute.pick(args.device, args.precision)
     coefficients, fitted = _training_input(args)
     facts = {
         "name": args.name or Path(args.output).stem,
@@ -282,10 +327,14 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
             coefficients,
             fitted,
             _settings(args),
-            callback=_progress_bar(),
+            callback=_progress_bar() if ranks.is_writer else None,
             checkpoint=args.checkpoint,
             provenance=facts,
+            compute=where,
+            ranks=ranks,
         )
+    if not ranks.is_writer:
+        return {}
     if args.prior == "flow":
         space = with_flow(space, coefficients)
     save_space(space, args.output)
@@ -297,6 +346,11 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
 def _training_input(args: argparse.Namespace) -> tuple[Coefficients, AnyBasis]:
     if Path(args.basis).is_dir():
         return _w2w_input(args)
+    if args.heldout is not None or args.labels:
+        raise ConfigError(
+            "--heldout and --labels are for a folder of official files; who is held out of a data set "
+            "was said when it was made ('w2wpp dataset --heldout')."
+        )
     kind = open_container(args.basis).metadata.get("format")
     if kind == "w2wpp.dataset":
         if args.codec != "original":
@@ -324,7 +378,18 @@ def _w2w_input(args: argparse.Namespace) -> tuple[Coefficients, AnyBasis]:
     most = args.latent if args.codec == "pca" and args.latent else args.components
     source = open_w2w(args.basis, layout=find_layout(args.layout))
     source = source.first(most or source.known)
-    return w2w_coefficients(source), w2w_basis(source)
+    c, how = hold_out(
+        w2w_coefficients(source),
+        HELDOUT if args.heldout is None else args.heldout,
+        labels=args.labels,
+        seed=args.seed or 0,
+    )
+    if how["by"] == "row" and how["rows"]:
+        log(
+            "rows are all that is known of these people: held-out rows may be of persons who have other rows in "
+            "the training. --labels names a table with a column 'identity'."
+        )
+    return c, w2w_basis(source)
 
 
 def _settings(args: argparse.Namespace) -> VaeTraining:

@@ -12,6 +12,7 @@ can't stream a tensor that does not fit in memory.
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -24,11 +25,11 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from ..errors import FormatError
+from ..errors import FormatError, W2WError, WriteError
 from .kinds import SEEN, kind_of_bytes
 from .opened import OpenedFile
 from .text import parse_json
-from .writing import replacing
+from .writing import replacing, writable_target
 
 DTYPES = {
     "F64": torch.float64,
@@ -221,6 +222,72 @@ def write_container(
                 )
             f.seek(0)
             f.write(sealed)
+
+
+def partial_of(path: str | os.PathLike[str]) -> Path:
+    """Where `write_resumably` keeps what it has of a file."""
+    path = Path(path)
+    return path.with_name(f"{path.name}.partial")
+
+
+def write_resumably(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, Tensor | Streamed],
+    last: str,
+    chunks: Callable[[int], Iterable[Tensor]],
+    *,
+    format: str,
+    version: str = "1",
+    config: Mapping[str, Any] | None = None,
+) -> None:
+    """As `write_container`, for a tensor `last` of very many rows: `chunks(start)` gives those from row
+    `start` on. What a killed write left in `partial_of(path)` is taken up if the rest of the file is the
+    same, and the result is too, byte by byte."""
+    announced = tensors[last]
+    header = _build_header(tensors, _texts(format, version, config, None))
+    beginning = io.BytesIO(header)
+    beginning.seek(0, io.SEEK_END)
+    for name in sorted(tensors):
+        if name > last:
+            raise FormatError(
+                f"'{name}' would follow '{last}', which has to be the last of its file."
+            )
+        if name != last:
+            _write_tensor(beginning, name, tensors[name])
+    partial = writable_target(partial_of(path))
+    row = math.prod(announced.shape[1:]) * announced.dtype.itemsize
+    try:
+        with open(partial, "r+b" if partial.exists() else "w+b") as f:
+            done = _rows_there(f, beginning.getvalue(), row)
+            for chunk in chunks(done) if done < announced.shape[0] else ():
+                done += len(chunk)
+                f.write(_bytes(chunk.detach().to("cpu", announced.dtype).contiguous()).numpy().data)
+            if done != announced.shape[0]:
+                raise FormatError(
+                    f"'{last}' was announced with {announced.shape[0]} rows, {done} arrived."
+                )
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(partial, writable_target(path))
+    except OSError as e:
+        if isinstance(e, W2WError):
+            raise
+        raise WriteError(
+            f"{path} could not be written: {e.strerror or e}. What there is of it is kept in {partial.name}; "
+            "make room or name another disk, and run the same command again."
+        ) from e
+
+
+def _rows_there(f: BinaryIO, beginning: bytes, row: int) -> int:
+    """Whole rows that a partial file has behind this beginning; afterwards it ends behind them."""
+    there = f.read(len(beginning)) == beginning
+    size = os.fstat(f.fileno()).st_size
+    rows = (size - len(beginning)) // row if there and row else 0
+    f.truncate(len(beginning) + rows * row if there else 0)
+    f.seek(0, io.SEEK_END)
+    if not there:
+        f.write(beginning)
+    return rows
 
 
 def _texts(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from ..lora.layout import Layout
 from ..space import compact
 from ..spacefile import FORMAT, file_fingerprint
 from ..training.coefficients import Coefficients
+from ..training.dataset import holdout_by_identity
 from ..training.directions import Directions, Moments, fit_from_moments, report
 from .w2w import W2WFolder, provenance
 
@@ -131,6 +133,45 @@ def _labels(path: str | os.PathLike[str], rows: int) -> LabelTable:
             "people in the same order."
         )
     return table
+
+
+PERSON = ("identity", "person", "identity_id", "person_id", "celeb_id", "celebrity")  # columns
+
+
+def read_people(path: str | os.PathLike[str], rows: int) -> Tensor | None:
+    """Which person each row [N] is, from a table with a line a row: by a column that is called
+    identity or person, or else by its first column, if names repeat there. None: the table does not say."""
+    table = read_csv(path)
+    if len(table) - 1 != rows:
+        raise FormatError(
+            f"{path} has {max(0, len(table) - 1)} lines, proj_1000pc.pt {rows} rows; they must be the "
+            "same people in the same order."
+        )
+    header = [name.strip().lower() for name in table[0]]
+    named = [header.index(name) for name in PERSON if name in header]
+    column = named[0] if named else 0
+    if any(len(line) <= column for line in table[1:]):
+        raise FormatError(f"{path}: not every line names its person.")
+    names = [line[column].strip() for line in table[1:]]
+    number = {name: i for i, name in enumerate(dict.fromkeys(names))}
+    if not named and len(number) == rows:
+        return None
+    return torch.tensor([number[name] for name in names])
+
+
+def hold_out(
+    c: Coefficients, share: float, *, labels: str | os.PathLike[str] | None = None, seed: int = 0
+) -> tuple[Coefficients, dict[str, Any]]:
+    """A share of the persons behind official files kept out of what is trained on, and how they were told
+    apart. The basis itself was made from all of them."""
+    people = None if labels is None else read_people(labels, len(c.values))
+    identity = c.identity if people is None else people
+    generator = torch.Generator().manual_seed(seed)
+    heldout = holdout_by_identity(identity, share, generator=generator)
+    by = "row" if people is None else "identity"
+    how = {"by": by, "share": share, "rows": int(heldout.sum())}
+    facts = {**c.provenance, "heldout": how}
+    return replace(c, identity=identity, heldout=heldout, provenance=facts), how
 
 
 def _architecture(source: W2WFolder) -> dict[str, Any]:

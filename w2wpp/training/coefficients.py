@@ -25,6 +25,7 @@ from .dataset import VectorDataset, ahead, check_holdout
 from .ranks import Ranks
 
 FORMAT = "w2wpp.basis"
+ROWS = 8192  # of coefficients whose products are added up in single precision
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,14 +89,18 @@ def components_among(c: Tensor, singular_values: Tensor, chosen: Tensor) -> tupl
     c [n, K] and chosen [n] bool -> coefficients [n, K'] whitened on the chosen rows, and their
     singular values [K']. For the other rows they are what a basis would give that never saw them.
     """
-    x = (c * singular_values).double()
-    mean = x[chosen].mean(0)
-    _, s, v = torch.linalg.svd(
-        (x[chosen] - mean) / (int(chosen.sum()) - 1) ** 0.5, full_matrices=False
-    )
+    mean = c[chosen].mean(0, dtype=torch.float64).float()
+    covariance = torch.zeros(c.shape[1], c.shape[1], dtype=torch.float64)
+    for part in (c[chosen] - mean).split(ROWS):
+        covariance += part.T @ part
+    scales = singular_values.double()
+    covariance *= scales * scales[:, None] / (int(chosen.sum()) - 1)
+    values, vectors = torch.linalg.eigh(covariance)
+    s, v = values.flip(0).clamp_min(0).sqrt(), vectors.flip(1)
+    s, v = s[: int(chosen.sum()) - 1], v[:, : int(chosen.sum()) - 1]  # no row spans more
     keep = s > 1e-3 * s[0]
-    whitened = (x - mean) @ v[keep].T / s[keep]
-    return whitened.float(), s[keep].float()
+    turn = (scales[:, None] * v[:, keep] / s[keep]).float()
+    return (c - mean) @ turn, s[keep].float()
 
 
 def weight_r2(

@@ -94,7 +94,7 @@ def explained(advice: str) -> Iterator[None]:
 
 def _device(device: str | torch.device) -> torch.device:
     if str(device) == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         found = torch.device(device)
     except RuntimeError as e:
@@ -104,6 +104,8 @@ def _device(device: str | torch.device) -> torch.device:
             "--device cuda: this PyTorch sees no GPU. Use --device cpu, or install a build of PyTorch "
             "for your GPU."
         )
+    if found.type == "cuda" and found.index is None:
+        found = torch.device("cuda", torch.cuda.current_device())  # this rank's, under torchrun
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         raise ConfigError(
             f"--device {found}: there are {torch.cuda.device_count()} GPUs, counted from 0."

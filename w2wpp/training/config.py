@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -26,7 +27,7 @@ class VaeTraining:
     hidden: tuple[int, ...] | None = None  # widths of the networks; None: the codec's own
     dropout: float = 0.0  # in the residual networks of vae-skip
     epochs: int = 400  # at most; the learning rate decays to zero over them
-    batch: int = 128  # rows per step, 0 for all of them
+    batch: int | None = None  # rows per step, 0 for all of them; None: see `batch_of`
     lr: float = 2e-3  # of AdamW
     weight_decay: float = 1e-2  # on matrices, not on biases
     input_noise: float = 0.0  # deviation of noise on the coefficients that the encoder reads
@@ -56,7 +57,7 @@ class VaeTraining:
         }
         low = [f"{k} = {v}" for k, v in positive.items() if not v > 0]
         least = {
-            "batch": self.batch,
+            "batch": self.batch or 0,
             "weight_decay": self.weight_decay,
             "input_noise": self.input_noise,
             "beta": self.beta,
@@ -74,6 +75,13 @@ class VaeTraining:
                 f"{', '.join(MONITORS)}. "
                 f"Got {self.reconstruction!r} and {self.monitor!r}."
             )
+
+    def batch_of(self, rows: int) -> int:
+        """Rows per step: by default 128, and a 32nd of large sets (a power of two, 2,048 at most)."""
+        if self.batch is not None:
+            return min(self.batch or rows, rows)
+        large = 1 << max(7, min(11, int(math.log2(max(1, rows / 32)))))
+        return min(large, rows)
 
     def to_json(self) -> dict[str, Any]:
         data = asdict(self)

@@ -9,22 +9,38 @@ precision, optional
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, DataError, reading
-from ..files.container import Container, Streamed, open_container, write_container
+from ..errors import ConfigError, DataError, ResourceError, reading
+from ..files.container import (
+    Streamed,
+    open_container,
+    partial_of,
+    write_container,
+    write_resumably,
+)
 from ..lora.layout import Layout
 
 FORMAT = "w2wpp.dataset"
+RowsFrom = Callable[[int], Iterator[Tensor]]  # chunks [n, P] from a row on
 CHUNK_BYTES = 128 << 20  # of single-precision vectors held at a time
 PRECISIONS = {"single": torch.float32, "half": torch.float16}  # of vectors in files
+
+
+class Rows(Protocol):
+    """Where vectors are read from: a file, or anything else that has rows called "vectors"."""
+
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor: ...
+
+    def read_columns(self, name: str, rows: Sequence[int], start: int, stop: int) -> Tensor: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +48,7 @@ class VectorDataset:
     """Vectors [N, P] in memory or in a file, with one person id, one held-out flag and labels per row."""
 
     layout: Layout
-    source: Tensor | Container
+    source: Tensor | Rows
     identity: Tensor  # [N] int64
     heldout: Tensor  # [N] bool
     labels: Tensor | None = None  # [N, A]
@@ -118,7 +134,7 @@ def load_dataset(path: str | os.PathLike[str]) -> VectorDataset:
 
 def write_dataset(
     path: str | os.PathLike[str],
-    vectors: Tensor | Iterable[Tensor],
+    vectors: Tensor | Iterable[Tensor] | RowsFrom,
     layout: Layout,
     identity: Tensor,
     *,
@@ -128,16 +144,30 @@ def write_dataset(
     provenance: Mapping[str, Any] | None = None,
     precision: str = "single",
 ) -> VectorDataset:
-    """Write vectors [N, P], or chunks [n, P] of them that add up to N, and open the result."""
+    """Write vectors [N, P], or chunks [n, P] of them that add up to N, and open the result.
+
+    Given as a function, `vectors(start)` yields chunks from row `start` on; then a write that was
+    killed is taken up where it stood. Precision is "single" or "half".
+    """
+    if precision not in PRECISIONS:
+        raise ConfigError(
+            f"Vectors are kept in {' or '.join(PRECISIONS)} precision. Got {precision!r}."
+        )
     n = len(identity)
     heldout = torch.zeros(n, dtype=torch.bool) if heldout is None else heldout.bool()
     check_holdout(identity, heldout)
     if labels is not None and list(labels.shape) != [n, len(label_names)]:
         raise DataError(f"Labels must be [{n}, {len(label_names)}]. Got {list(labels.shape)}.")
-    chunks = (vectors,) if isinstance(vectors, Tensor) else vectors
-    checked = (_checked(chunk, layout.size) for chunk in chunks)
+    dtype = PRECISIONS[precision]
+    check_room(path, n * layout.size * dtype.itemsize)
+
+    def chunks(start: int) -> Iterator[Tensor]:
+        given = vectors(start) if callable(vectors) else vectors
+        for chunk in (given,) if isinstance(given, Tensor) else given:
+            yield _checked(chunk, layout.size, dtype)
+
     tensors: dict[str, Tensor | Streamed] = {
-        "vectors": Streamed(PRECISIONS[precision], (n, layout.size), checked),
+        "vectors": Streamed(dtype, (n, layout.size), () if callable(vectors) else chunks(0)),
         "identity": identity.long(),
         "heldout": heldout,
     }
@@ -148,8 +178,26 @@ def write_dataset(
         "label_names": list(label_names),
         "provenance": dict(provenance or {}),
     }
-    write_container(Path(path), tensors, format=FORMAT, config=config)
+    if callable(vectors):
+        write_resumably(path, tensors, "vectors", chunks, format=FORMAT, config=config)
+    else:
+        write_container(Path(path), tensors, format=FORMAT, config=config)
     return load_dataset(path)
+
+
+def check_room(path: str | os.PathLike[str], size: int) -> None:
+    """Before hours of work: whether a file of so many bytes has room beside what is there of it."""
+    folder = Path(path).absolute().parent
+    while not folder.exists():
+        folder = folder.parent
+    partial = partial_of(path)
+    there = partial.stat().st_size if partial.exists() else 0
+    free = shutil.disk_usage(folder).free + there
+    if size > free:
+        raise ResourceError(
+            f"{path} will have {size / 1e9:.1f} GB, and {folder} has {free / 1e9:.1f} GB free. Write it to another "
+            "disk, make room, or keep it in half precision (--half)."
+        )
 
 
 def holdout_by_identity(identity: Tensor, fraction: float, *, generator: torch.Generator) -> Tensor:
@@ -176,11 +224,15 @@ def check_holdout(identity: Tensor, heldout: Tensor) -> None:
         )
 
 
-def _checked(chunk: Tensor, size: int) -> Tensor:
+def _checked(chunk: Tensor, size: int, dtype: torch.dtype = torch.float32) -> Tensor:
     if chunk.ndim != 2 or chunk.shape[1] != size:
         raise DataError(f"Vectors of this layout are [n, {size}]. Got {list(chunk.shape)}.")
     if not bool(torch.isfinite(chunk).all()):
         raise DataError("The vectors hold NaN or infinite numbers; a LoRA's training diverged.")
+    if dtype == torch.float16 and bool((chunk.abs() > 65504).any()):
+        raise DataError(
+            "The vectors hold numbers above 65,504, which half precision can't; keep them in single precision."
+        )
     return chunk
 
 

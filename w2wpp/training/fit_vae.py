@@ -22,9 +22,11 @@ from ..errors import DataError, FormatError, ShapeError, reading
 from ..space import Space
 from .checkpoint import load_checkpoint, save_checkpoint
 from .coefficients import Coefficients, components_among, project_dataset
+from .compute import Compute
 from .config import VaeTraining
 from .dataset import VectorDataset, holdout_by_identity
-from .report import latent_report, reconstruction_report, thinned
+from .ranks import Ranks, current_ranks
+from .report import latent_report, pca_report, reconstruction_report, thinned
 from .run import Progress, Run
 
 CHECKPOINT_EVERY = 25  # epochs
@@ -40,14 +42,17 @@ def fit_vae(
     callback: Callback | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     provenance: Mapping[str, Any] | None = None,
+    compute: Compute | None = None,
+    ranks: Ranks | None = None,
 ) -> Space:
     """Train a codec on the training rows; its report is provenance["training_report"].
 
     All randomness comes from the generator (by default one seeded with training.seed). With a
     checkpoint path the run is saved there now and then, and taken up again if the file exists;
-    the result is the same as without the break.
+    the result is the same as without the break. Under `torchrun` ranks share every minibatch.
     """
     training = training or VaeTraining()
+    where: dict[str, Any] = {"compute": compute or Compute(), "ranks": ranks or current_ranks()}
     coefficients = _coefficients(data, basis)
     generator = generator or torch.Generator().manual_seed(training.seed)
     seed = int(torch.randint(2**62, (), generator=generator))
@@ -55,10 +60,12 @@ def fit_vae(
     rows = torch.nonzero(~coefficients.heldout).flatten()
     found = saved.search
     if training.validation and not found:
-        found = _search(coefficients, basis, training, rows, seed, generator, saved, callback)
+        found = _search(
+            coefficients, basis, training, rows, seed, generator, saved, callback, where
+        )
     epochs = found.get("best_epoch", training.epochs)
     c = coefficients.values[rows]
-    run = Run("final", training, c, basis.singular_values, seed=seed, epochs=epochs)
+    run = Run("final", training, c, basis.singular_values, seed=seed, epochs=epochs, **where)
     _drive(run, saved, callback, found)
     codec = run.finish()
     report = {**_vae_report(codec, coefficients, basis, run), "early_stopping": found}
@@ -113,6 +120,7 @@ def _search(
     generator: torch.Generator,
     saved: _Checkpoint,
     callback: Callback | None,
+    where: Mapping[str, Any],
 ) -> dict[str, Any]:
     """The number of epochs after which persons who take no part are reconstructed best."""
     chosen = holdout_by_identity(data.identity[rows], training.validation, generator=generator)
@@ -123,7 +131,7 @@ def _search(
     c, scales = data.values[rows], basis.singular_values
     if isinstance(basis, Basis):
         c, scales = components_among(c, scales, ~chosen)
-    run = Run("search", training, c[~chosen], scales, seed=seed, validation=c[chosen])
+    run = Run("search", training, c[~chosen], scales, seed=seed, validation=c[chosen], **where)
     _drive(run, saved, callback)
     return {
         "rows": {"training": int((~chosen).sum()), "validation": int(chosen.sum())},
@@ -143,7 +151,7 @@ def _drive(
     saved.restore(run)
     while not run.stop_reason:
         progress = run.advance()
-        if run.stop_reason or run.epoch % CHECKPOINT_EVERY == 0:
+        if run.ranks.is_writer and (run.stop_reason or run.epoch % CHECKPOINT_EVERY == 0):
             saved.keep(run, found or {})
         if callback is not None:
             callback(progress)
@@ -180,11 +188,13 @@ def _vae_report(codec: Codec, data: Coefficients, basis: AnyBasis, run: Run) -> 
     splits = _splits(data)
     return {
         "codec": codec.config,
-        "settings": run.training.to_json(),
+        "settings": {**run.training.to_json(), "batch": run.batch},
+        "computed": {**run.compute.to_json(), "processes": run.ranks.size},
         "seed": run.training.seed,
         "rows": {name: len(rows) for name, rows in splits.items()},
         "epochs": run.epoch,
         "weight_r2": reconstruction_report(codec, data, basis.singular_values, splits),
+        "weight_r2_of_pca": pca_report(data, basis.singular_values, splits, codec.latent_size),
         **latent_report(codec.encode(data.values[splits["training"]])),
         "history": thinned(run.history),
     }

@@ -6,7 +6,9 @@ share of the rows, and sums over rows are added up. One of them, the writer, wri
 
 from __future__ import annotations
 
+import functools
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
@@ -15,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+A = TypeVar("A")
+R = TypeVar("R")
 S = TypeVar("S", Tensor, "list[int]", "list[tuple[int, int]]", range)
 
 
@@ -68,7 +72,15 @@ def current_ranks() -> Ranks:
     return Ranks(dist.get_rank(), dist.get_world_size())
 
 
-def leave() -> None:
-    """The end of a process that was part of a group."""
-    if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()
+def among_ranks(work: Callable[[A], R]) -> Callable[[A], R]:
+    """A verb that `torchrun` may start: it leaves its group when it is done or has failed."""
+
+    @functools.wraps(work)
+    def run(arguments: A) -> R:
+        try:
+            return work(arguments)
+        finally:
+            if dist.is_available() and dist.is_initialized():
+                dist.destroy_process_group()
+
+    return run

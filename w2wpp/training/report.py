@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,14 +20,33 @@ def reconstruction_report(
     codec: Codec, data: Coefficients, singular_values: Tensor, splits: Mapping[str, Tensor]
 ) -> dict[str, float]:
     """Weight-space R2 of the posterior mean for each non-empty split, {name: rows}."""
+    return _scores(lambda c: codec.decode(codec.encode(c).mean), data, singular_values, splits)
+
+
+def pca_report(
+    data: Coefficients, singular_values: Tensor, splits: Mapping[str, Tensor], d: int
+) -> dict[str, float]:
+    """The same of the first d coefficients: PCA of that size, to compare a codec with."""
+    center = data.values[~data.heldout].mean(0)
+
+    def cut(c: Tensor) -> Tensor:
+        return torch.cat([c[:, :d], center[d:].expand(len(c), -1)], 1)
+
+    return _scores(cut, data, singular_values, splits)
+
+
+def _scores(
+    reconstruct: Callable[[Tensor], Tensor],
+    data: Coefficients,
+    singular_values: Tensor,
+    splits: Mapping[str, Tensor],
+) -> dict[str, float]:
     center = data.values[~data.heldout].mean(0)
     scores = {}
     for name, rows in splits.items():
         if len(rows):
-            c = data.values[rows]
-            decoded = codec.decode(codec.encode(c).mean)
-            outside = data.outside[rows]
-            r2 = weight_r2(c, decoded, singular_values, center=center, outside=outside)
+            c, outside = data.values[rows], data.outside[rows]
+            r2 = weight_r2(c, reconstruct(c), singular_values, center=center, outside=outside)
             scores[name] = round(r2, 6)
     return scores
 

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..codecs import Codec, Posterior, build_codec
 from ..errors import ConfigError, DataError
 from ..rates import half_cosine
+from .compute import Compute
 from .config import VaeTraining
+from .ranks import Ranks
 from .schedules import kl_schedule
 
 
@@ -33,7 +35,11 @@ class Progress:
 
 
 class Run:
-    """Trains on c [n, K]; with validation rows [m, K] it knows its best epoch and when to stop."""
+    """Trains on c [n, K]; with validation rows [m, K] it knows its best epoch and when to stop.
+
+    Under several ranks each takes its part of every minibatch, with the random numbers that one
+    process alone would draw for it.
+    """
 
     def __init__(
         self,
@@ -45,23 +51,34 @@ class Run:
         seed: int,
         validation: Tensor | None = None,
         epochs: int | None = None,
+        compute: Compute | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
+        self.compute, self.ranks = compute or Compute(), ranks or Ranks()
+        device = self.compute.device
+        c, singular_values = c.to(device), singular_values.to(device)
+        validation = None if validation is None else validation.to(device)
         if len(c) < 2:
             raise DataError(f"A VAE needs at least two training rows. Got {len(c)}.")
         self.stage, self.training, self.c, self.validation = stage, training, c, validation
         self.epochs = training.epochs if epochs is None else epochs
+        self.batch = training.batch_of(len(c))
         self.generator = torch.Generator().manual_seed(seed)
+        # Noise is drawn where it is used; on a CPU from the one generator of everything.
+        self.noise = self.generator
+        if device.type != "cpu":
+            self.noise = torch.Generator(device).manual_seed(seed)
         self.weight = self._weight(singular_values)  # [K], of squared errors of coefficients
-        self.codec = self._build_codec()
+        self.codec = self._build_codec().to(device)
         self.codec.adapt(singular_values, self.weight, training.beta)
-        self.codec.draw_from(self.generator)
+        self.codec.draw_from(self.noise)
+        self.step = _shared(_Step(self.codec), self.compute, self.ranks)
         self.schedule = kl_schedule(
             training.kl, beta=training.beta, warmup=training.warmup, epochs=training.epochs
         )
         self.optimiser = self._build_optimiser()
         if validation is not None:
-            shape = (len(validation), training.latent)
-            self.judge_noise = torch.randn(shape, generator=self.generator)
+            self.judge_noise = self._draw(len(validation), training.latent)
         self.epoch = self.best_epoch = 0
         self.best = self.start = math.inf if validation is None else self.judge()
         self.history: list[dict[str, Any]] = []
@@ -79,14 +96,14 @@ class Run:
     def advance(self) -> Progress:
         """One epoch."""
         n = len(self.c)
-        batch = min(self.training.batch or n, n)
-        order = torch.randperm(n, generator=self.generator)
+        order = torch.randperm(n, generator=self.generator).to(self.c.device)
         # Equal parts rather than a small last one, whose gradient would be mostly noise.
-        parts = order.tensor_split(max(1, round(n / batch)))
-        sums = torch.zeros(3)
+        parts = order.tensor_split(max(1, round(n / self.batch)))
+        sums = torch.zeros(3, device=self.c.device)
         self.codec.train()
         for i, rows in enumerate(parts):
-            sums += self._step(self.c[rows], self.epoch + i / len(parts)) * len(rows) / n
+            sums += self._advance(rows, self.epoch + i / len(parts)) * (len(rows) / n)
+        sums = self.ranks.sum(sums)
         beta = self.schedule(self.epoch)
         self.epoch += 1
         loss, reconstruction, kl = sums.tolist()
@@ -109,19 +126,22 @@ class Run:
         """What early stopping minimises; with the final beta and the same noise at every call."""
         assert self.validation is not None
         self.codec.eval()
-        posterior = self.codec.encode(self.validation)
+        c, n = self.validation, len(self.validation)
+        posterior = self.codec.encode(c)
         if self.training.monitor == "reconstruction":
-            decoded = self.codec.decode(posterior.mean)
-            return float(self._reconstruction(self.validation, decoded))
-        decoded = self.codec.decode(posterior.at(self.judge_noise))
-        reconstruction = self._reconstruction(self.validation, decoded)
-        return float(reconstruction + self.schedule(self.training.epochs) * self._kl(posterior))
+            value = self._reconstruction(c, self.codec.decode(posterior.mean), n)
+        else:
+            value = self._reconstruction(c, self.codec.decode(posterior.at(self.judge_noise)), n)
+            floored = posterior.kl().mean(0).clamp_min(self.training.free_bits).mean()
+            value = value + self.schedule(self.training.epochs) * floored
+        return float(self.ranks.share(value))  # all stop together
 
     @torch.no_grad()
     def finish(self) -> Codec:
         """The codec as it is, frozen."""
         self.codec.requires_grad_(False).eval()
         self.codec.draw_from(None)
+        self.codec.cpu()
         if self.training.half:
             for p in self.codec.parameters():
                 p.copy_(p.half())
@@ -133,6 +153,7 @@ class Run:
         for i, slots in self.optimiser.state_dict()["state"].items():
             tensors.update({f"optimiser.{i}.{k}": v for k, v in slots.items()})
         tensors["generator"] = self.generator.get_state()
+        tensors["noise"] = self.noise.get_state()
         names = ("epoch", "best", "best_epoch", "history")
         best = {"best": None if math.isinf(self.best) else self.best}
         return tensors, {"stage": self.stage, **{k: getattr(self, k) for k in names}, **best}
@@ -145,27 +166,36 @@ class Run:
             slots.setdefault(int(i), {})[name] = t
         self.optimiser.load_state_dict({**self.optimiser.state_dict(), "state": slots})
         self.generator.set_state(tensors["generator"])
+        if self.noise is not self.generator:
+            self.noise.set_state(tensors["noise"])
         self.epoch, self.history = numbers["epoch"], list(numbers["history"])
         self.best_epoch = numbers["best_epoch"]
         self.best = math.inf if numbers["best"] is None else numbers["best"]
 
-    def _step(self, c: Tensor, epoch: float) -> Tensor:
-        """One update; returns [loss, reconstruction, KL summed over units]."""
-        t = self.training
+    def _advance(self, rows: Tensor, epoch: float) -> Tensor:
+        """One update on a minibatch; returns this rank's part of [loss, reconstruction, KL summed over units]."""
+        t, n = self.training, len(rows)
         for group in self.optimiser.param_groups:
             group["lr"] = t.lr * half_cosine(epoch / t.epochs)
+        mine = self.ranks.mine(torch.arange(n)) if self.ranks.size > 1 else slice(None)
+        c = self.c[rows[mine]]
         seen = c
         if t.input_noise:
-            seen = c + t.input_noise * torch.randn(c.shape, generator=self.generator)
-        posterior = self.codec.encode(seen)
-        noise = torch.randn(len(c), t.latent, generator=self.generator)
-        reconstruction = self._reconstruction(c, self.codec.decode(posterior.at(noise)))
-        loss = reconstruction + self.schedule(epoch) * self._kl(posterior)
+            seen = c + t.input_noise * self._draw(n, c.shape[1])[mine]
+        noise = self._draw(n, t.latent)[mine]
+        with self.compute.products():
+            mean, logvar, decoded = self.step(seen, noise)
+        posterior = Posterior(mean.float(), logvar.float())
+        reconstruction = self._reconstruction(c, decoded.float(), n)
+        kl = posterior.kl().sum(0) / n  # [d]
+        loss = reconstruction + self.schedule(epoch) * self._floored(kl)
         self.optimiser.zero_grad(set_to_none=True)
-        loss.backward()
+        (loss * self.ranks.size).backward()  # what is shared of gradients is their mean
         self.optimiser.step()
-        kl = posterior.kl().mean(0).sum()
-        return torch.stack([loss, reconstruction, kl]).detach()
+        return torch.stack([loss, reconstruction, kl.sum()]).detach()
+
+    def _draw(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=self.noise, device=self.c.device)
 
     def _weight(self, singular_values: Tensor) -> Tensor:
         if self.training.reconstruction == "mse":
@@ -173,12 +203,17 @@ class Run:
         squares = singular_values.square()
         return squares / (squares * self.c.var(0, correction=0)).sum()
 
-    def _reconstruction(self, c: Tensor, decoded: Tensor) -> Tensor:
-        return ((c - decoded).square() @ self.weight).mean()
+    def _reconstruction(self, c: Tensor, decoded: Tensor, n: int) -> Tensor:
+        """The part of rows c [m, K] in the mean over n rows."""
+        return ((c - decoded).square() @ self.weight).sum() / n
 
-    def _kl(self, posterior: Posterior) -> Tensor:
-        per_unit = posterior.kl().mean(0)  # over the minibatch, so that the floor holds per unit
-        return per_unit.clamp_min(self.training.free_bits).mean()
+    def _floored(self, kl: Tensor) -> Tensor:
+        """Mean over units of this rank's part of the KL [d]; the floor holds per unit, over the minibatch."""
+        least = self.training.free_bits
+        if not least:
+            return kl.mean()
+        whole = self.ranks.sum(kl.detach().clone())
+        return torch.where(whole > least, kl, least / self.ranks.size).mean()
 
     def _build_codec(self) -> Codec:
         t = self.training
@@ -202,8 +237,27 @@ class Run:
             {"params": others, "weight_decay": 0.0},
         ]
         return torch.optim.AdamW(
-            groups, lr=self.training.lr, weight_decay=self.training.weight_decay
+            groups, lr=self.training.lr, weight_decay=self.training.weight_decay, fused=True
         )
+
+
+class _Step(nn.Module):
+    """Encoding and decoding in one call, which is what DistributedDataParallel wraps."""
+
+    def __init__(self, codec: Codec) -> None:
+        super().__init__()
+        self.codec = codec
+
+    def forward(self, c: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        posterior = self.codec.encode(c)
+        return posterior.mean, posterior.logvar, self.codec.decode(posterior.at(noise))
+
+
+def _shared(step: _Step, compute: Compute, ranks: Ranks) -> nn.Module:
+    if ranks.size == 1:
+        return step
+    devices = [compute.device] if compute.device.type == "cuda" else None
+    return nn.parallel.DistributedDataParallel(step, device_ids=devices)
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
