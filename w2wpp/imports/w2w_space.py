@@ -16,6 +16,7 @@ from ..codecs import build_codec
 from ..errors import DataError, FormatError
 from ..files.container import Container, Streamed, write_container
 from ..files.tables import LabelTable, read_labels
+from ..files.text import read_csv
 from ..files.torchfile import ADVICE
 from ..lora.layout import Layout
 from ..space import compact
