@@ -68,3 +68,16 @@ def test_ridge_regression_finds_a_linear_map():
     targets = inputs @ weights + 5
     mean, found, offset = metrics.ridge_regression(inputs, targets, 1e-9)
     torch.testing.assert_close((inputs - mean) @ found + offset, targets, atol=1e-3, rtol=1e-3)
+
+
+def test_streamed_moments_are_those_of_all_rows():
+    """Also far from zero, where squares about zero would cancel."""
+    x = 1000 + torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
+    sums = metrics.ColumnSums(x[0])
+    for part in x.split(7):
+        before = part.clone()
+        sums.add(part)
+        assert torch.equal(part, before)
+    mean, squares = sums.about_the_mean(len(x))
+    torch.testing.assert_close(mean, x.double().mean(0))
+    torch.testing.assert_close((squares / 49).sqrt(), x.double().std(0), rtol=1e-6, atol=0)

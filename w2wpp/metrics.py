@@ -119,3 +119,25 @@ def ridge_regression(
     gram.diagonal().add_(penalty * gram.diagonal().mean())
     dual = torch.linalg.solve(gram, (targets - target_mean).double())
     return input_mean, (centred.T @ dual).to(inputs.dtype), target_mean
+
+
+class ColumnSums:
+    """Streamed moments of columns: sums of x [n, p] and x^2 about an origin [p], in double precision.
+
+    An origin near the mean keeps the squares from cancelling; everything is read once (Chan et al. 1983, eq. 1.7).
+    """
+
+    def __init__(self, origin: Tensor) -> None:
+        self.origin = origin
+        self.total = torch.zeros(len(origin), dtype=torch.float64, device=origin.device)
+        self.squares = torch.zeros_like(self.total)
+
+    def add(self, x: Tensor) -> None:
+        x = x - self.origin
+        self.total += x.sum(0, dtype=torch.float64)
+        self.squares += x.square_().sum(0, dtype=torch.float64)
+
+    def about_the_mean(self, n: int) -> tuple[Tensor, Tensor]:
+        """Mean [p] of n rows, and the sum of their squares about it [p]."""
+        off = self.total / n
+        return self.origin.double() + off, (self.squares - n * off.square()).clamp_min(0)

@@ -23,6 +23,7 @@ from ..errors import ConfigError, FormatError
 from ..files.torchfile import Matrix, load_tensor, load_torch, open_matrix
 from ..lora.files import parse_key
 from ..lora.layout import SD15, Layout
+from ..metrics import ColumnSums
 
 LICENCE = "Derived from the official weights2weights files (Snap Inc.): for non-commercial, academic use only."
 TRIGGER_PROMPT = "sks person"
@@ -146,16 +147,12 @@ def whitened(raw: Tensor, scale: Tensor) -> tuple[Tensor, float]:
 
 def moments(matrix: Matrix, columns: int) -> tuple[Tensor, Tensor]:
     """Mean and deviation [columns] over all rows, in double precision and one pass about the first row."""
-    first = matrix.part(slice(0, 1), slice(0, columns)).double()[0]
-    total, squares = torch.zeros_like(first), torch.zeros_like(first)
+    sums = ColumnSums(matrix.part(slice(0, 1), slice(0, columns)).double()[0])
     for _, values in matrix.rows(columns):
-        x = values.double() - first
-        total += x.sum(0)
-        squares += x.square().sum(0)
+        sums.add(values)
     n = matrix.shape[0]
-    mean = total / n
-    variance = (squares - n * mean.square()) / max(1, n - 1)
-    return first + mean, variance.clamp_min(0).sqrt()
+    mean, squares = sums.about_the_mean(n)
+    return mean, (squares / max(1, n - 1)).sqrt()
 
 
 def _lengths(rows: Tensor) -> Tensor:

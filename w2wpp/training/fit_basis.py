@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..basis import Basis, without_tiny
 from ..errors import ConfigError, DataError
+from ..metrics import ColumnSums
 from ..weight_metric import BoundMetric, Metric, Plain, named_metric
 from .checkpoint import Saved
 from .coefficients import Coefficients, project_dataset
@@ -532,16 +533,12 @@ class _Rows:
 
 def _moments(job: _Job) -> tuple[Tensor, Tensor]:
     """Mean and deviation [P], sums about the first chunk's mean in double precision; one reading."""
-    origin = _origin(job)
-    total = torch.zeros(job.p, dtype=torch.float64, device=origin.device)
-    squares = torch.zeros_like(total)
+    sums = ColumnSums(_origin(job))
     for w in job.chunks(job.data.training_rows):
-        x = job.compute.put(w) - origin
-        total += x.sum(0, dtype=torch.float64)
-        squares += x.square_().sum(0, dtype=torch.float64)
-    off = job.ranks.sum(total) / job.n
-    squares = job.ranks.sum(squares) - job.n * off.square()
-    mean = origin.double() + off
+        sums.add(job.compute.put(w))
+    job.ranks.sum(sums.total)
+    job.ranks.sum(sums.squares)
+    mean, squares = sums.about_the_mean(job.n)
     return mean.cpu(), _resolved(squares, mean, job.n).cpu()
 
 
