@@ -26,15 +26,19 @@ from w2wpp import (
     save_space,
 )
 from w2wpp.cli import main
-from w2wpp.cli.training import find_layout
+from w2wpp.cli.layouts import find_layout
 from w2wpp.encode import encode_lora
 from w2wpp.files.container import open_container, peek_metadata
+from w2wpp.files.tables import read_labels
 from w2wpp.files.text import read_csv
 from w2wpp.files.torchfile import load_tensor, load_torch, open_matrix
-from w2wpp.imports.w2w_space import read_labels
+from w2wpp.lora.collection import members_of
+from w2wpp.lora.delta import Factors
+from w2wpp.lora.members import open_member
 from w2wpp.training.checkpoint import load_checkpoint, save_checkpoint
 from w2wpp.training.coefficients import load_coefficients, save_coefficients
 from w2wpp.training.dataset import load_dataset, write_dataset
+from w2wpp.training.fit_delta import CollectionSettings, fit_delta
 
 NASTY = [
     None, True, False, 0, -1, 1, 2**31, 2**63, 10**30, 1.5, -0.0, 1e308, float("nan"), float("inf"),
@@ -85,7 +89,7 @@ def with_value(raw: bytes, where: int, what: int) -> bytes:
             inner["config"] = json.loads(inner["config"])
     except (ValueError, AttributeError, TypeError, RecursionError):
         return raw
-    spots = list(spots_of(header))
+    spots = list(spots_of(header)) if isinstance(header, (dict, list)) else []
     if not spots:
         return raw
     table, key = spots[where % len(spots)]
@@ -143,6 +147,15 @@ def kinds(tmp_path_factory, make_space, layout, dataset, basis, coefficients):
     def encode(path):
         encode_lora(pca, path, residual=True)
 
+    def read_member(path):
+        member = open_member(path).split()
+        [member.read(module) for module in member.modules]
+
+    def read_delta(path):
+        space = load_space(path)
+        w = space.decode(torch.zeros(1, space.latent_size))
+        space.encode(w)
+
     def read_dataset(path):
         data = load_dataset(path)
         data.vectors(data.training_rows)
@@ -163,6 +176,8 @@ def kinds(tmp_path_factory, make_space, layout, dataset, basis, coefficients):
     for kind in ("kohya", "peft", "diffusers"):
         add(kind, lambda p, k=kind: save_lora(lora, p, format=k, alpha=4.0), read_lora)
     add("encoded", lambda p: save_lora(lora, p, alpha=4.0), encode)
+    add("member", lambda p: save_lora(lora, p, alpha=4.0), read_member)
+    add("space-delta", lambda p: save_space(delta_space(), p), read_delta)
     add(
         "dataset",
         lambda p: write_dataset(
@@ -193,7 +208,7 @@ def kinds(tmp_path_factory, make_space, layout, dataset, basis, coefficients):
         load_torch,
         ".pt",
     )
-    add("labels", lambda p: p.write_text(table), lambda p: read_labels(p, 9), ".csv")
+    add("labels", lambda p: p.write_text(table), read_labels, ".csv")
     add("table", lambda p: p.write_text(table), read_csv, ".csv")
     add(
         "layout",
@@ -202,6 +217,21 @@ def kinds(tmp_path_factory, make_space, layout, dataset, basis, coefficients):
         ".json",
     )
     return found
+
+
+def delta_space():
+    """A space of five collected LoRAs with two modules."""
+    g = torch.Generator().manual_seed(0)
+    loras = {
+        f"{i}.safetensors": {
+            f"down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_{to}": Factors(
+                torch.randn(2, 8, generator=g), torch.randn(8, 2, generator=g), 1.0
+            )
+            for to in "qv"
+        }
+        for i in range(5)
+    }
+    return fit_delta(members_of(loras), CollectionSettings(rank=4))[0]
 
 
 def read_all(file):
