@@ -27,7 +27,7 @@ from ..training.coefficients import (
 )
 from ..training.compute import Compute
 from ..training.config import VaeTraining, original_training
-from ..training.dataset import load_dataset
+from ..training.dataset import VectorDataset, load_dataset
 from ..training.directions import report as directions_report
 from ..training.directions import space_directions
 from ..training.fit_basis import ITERATIONS, STANDARDISE, TOLERANCE, fit_coefficients
@@ -40,9 +40,11 @@ from ..training.report import without_curves
 from ..training.run import Progress
 from ..training.schedules import OLDER_NAMES as OLDER_SCHEDULES
 from ..training.schedules import SCHEDULES
+from ..training.sketch import NAME as FUNCTIONAL
+from ..training.sketch import functional_metric, load_sketch
 from ..training.start_table import fit_start_table
 from ..training.synthetic import STATEMENT, write_synthetic
-from ..weight_metric import METRICS
+from ..weight_metric import METRICS, Metric
 from .layouts import find_layout
 from .printing import log
 from .renamed import renamed
@@ -105,10 +107,11 @@ def register(verbs: Any) -> None:
     p.add_argument("--components", type=int, required=True)
     p.add_argument(
         "--metric",
-        choices=METRICS,
-        help="what counts: parameter (each number by its deviation, as in w2w), raw numbers, or the "
-        "update of the model's matrices (the default)",
+        choices=(*METRICS, FUNCTIONAL),
+        help="what counts: parameter (each number by its deviation, as in w2w), raw numbers, the update of "
+        "the model's matrices (the default), or functional: what the model paints, by its --sketch",
     )
+    p.add_argument("--sketch", metavar="FILE", help="of the model, for --metric functional")
     p.add_argument("--standardise", choices=STANDARDISE, help=argparse.SUPPRESS)  # older name
     p.add_argument(
         "--tolerance",
@@ -275,13 +278,24 @@ def synthesize(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def _basis_metric(args: argparse.Namespace, data: VectorDataset) -> str | Metric | None:
+    if (args.metric == FUNCTIONAL) != bool(args.sketch):
+        raise ConfigError(
+            "--metric functional and --sketch FILE belong together: the metric comes from a model, and the sketch is "
+            "what is known of it."
+        )
+    if not args.sketch:
+        return args.metric
+    return functional_metric(data, load_sketch(args.sketch, data.layout))
+
+
 def basis(args: argparse.Namespace) -> dict[str, Any]:
     ranks = current_ranks()
     data = load_dataset(args.data)
     fitted = fit_coefficients(
         data,
         args.components,
-        metric=args.metric,
+        metric=_basis_metric(args, data),
         standardise=args.standardise,
         tolerance=args.tolerance,
         max_iterations=args.iterations,

@@ -1,11 +1,12 @@
 """From pictures of a person to a point of a space: a session joins objective, optimiser and driver."""
 
+from ..diffusion.denoise import Denoise
 from ..diffusion.schedule import NoiseSchedule
 from .adam import Adam
 from .cma import Cma
 from .driver import Callback, Progress, Solution, StopInversion, invert
 from .multistart import Multistart
-from .objective import Denoise, Draw, Objective
+from .objective import Draw, Objective
 from .optimiser import Optimiser, Run
 from .pivotal import Pivotal
 from .recipes import FROM_AVERAGE, FROM_GUESS, METHODS, OLDER_NAMES, Recipe, recipe_for

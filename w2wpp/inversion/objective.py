@@ -6,20 +6,18 @@ each person, n pictures of each.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from einops import rearrange, reduce
 from torch import Tensor
 
+from ..diffusion.denoise import Denoise
 from ..diffusion.schedule import NoiseSchedule
 from ..errors import ConfigError, DataError, ShapeError, check_finite
 from ..space import Space
 from .checkpoint import digest
-
-# denoise(noisy [N, C, H, W], timestep [N], vectors [R, P]) -> prediction [N, C, H, W]; rows ordered by vector
-Denoise = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..diffusion.denoise import Denoise
 from ..diffusion.schedule import NoiseSchedule
 from ..errors import ConfigError
 from ..identity import Identity
 from ..space import Space
 from .driver import Callback, Solution, invert
-from .objective import Denoise, Objective
+from .objective import Objective
 from .recipes import Recipe, recipe_for
 
 

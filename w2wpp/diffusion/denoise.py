@@ -1,0 +1,10 @@
+"""What a diffusion model is to this library: a function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+# denoise(noisy [N, C, H, W], timestep [N], vectors [R, P]) -> prediction [N, C, H, W]; rows ordered by vector
+Denoise = Callable[[Tensor, Tensor, Tensor], Tensor]
