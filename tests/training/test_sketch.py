@@ -6,7 +6,8 @@ import torch
 from w2wpp.diffusion.schedule import NoiseSchedule
 from w2wpp.errors import ConfigError, DataError, ShapeError
 from w2wpp.lora.layout import SD15
-from w2wpp.training.dataset import load_dataset, write_dataset
+from w2wpp.training.coefficients import load_coefficients
+from w2wpp.training.dataset import write_dataset
 from w2wpp.training.fit_basis import fit_coefficients
 from w2wpp.training.sketch import functional_metric, load_sketch, save_sketch, sketch
 
@@ -38,7 +39,7 @@ class Model:
 
 @pytest.fixture(scope="module")
 def model(layout):
-    return Model(layout.size, layout.size // 2)
+    return Model(layout.size, layout.size // 8)
 
 
 @pytest.fixture(scope="module")
@@ -81,18 +82,23 @@ def test_timesteps_are_spread_over_the_schedule(pictures, layout):
     assert sorted(t // 2 for t in met) == list(range(50))
 
 
-def test_components_are_spent_on_what_the_model_does(model, pictures, dataset):
-    """As many components explain more of what the model does, and nearly as much of the rest of the weights."""
-    training = dataset.vectors(dataset.training_rows)
-    rows = rows_of(model, pictures, training, rows=400, batch=100)
-    metric = functional_metric(dataset, rows)
-    held = dataset.vectors(dataset.heldout_rows)
-    errors = {}
-    for name, how in (("parameter", "parameter"), ("functional", metric)):
-        basis = fit_coefficients(dataset, 4, metric=how).basis
+def test_components_are_spent_on_what_the_model_does(model, pictures, layout, tmp_path):
+    """People differ in six ways that no picture shows and in three that every picture does. Three components are
+    enough for the latter; by parameters alone they go where most numbers vary."""
+    g = torch.Generator().manual_seed(8)
+    seen = layout.size // 8
+    hidden = torch.randn(120, 6, generator=g) @ torch.randn(6, layout.size - seen, generator=g)
+    shown = torch.randn(120, 3, generator=g) @ torch.randn(3, seen, generator=g)
+    w = 0.01 * torch.cat([shown, hidden], dim=1)
+    people = torch.arange(120)
+    data = write_dataset(tmp_path / "d.safetensors", w, layout, people, heldout=people >= 100)
+    rows = rows_of(model, pictures, data.vectors(data.training_rows), rows=200, batch=100)
+    held, errors = data.vectors(data.heldout_rows), {}
+    for name, how in (("parameter", "parameter"), ("functional", functional_metric(data, rows))):
+        basis = fit_coefficients(data, 3, metric=how).basis
         missed = basis.lift(basis.project(held)) - held
         errors[name] = float((missed @ model.matrix.T).square().sum())
-    assert errors["functional"] < 0.8 * errors["parameter"]
+    assert errors["functional"] < 0.01 * errors["parameter"]
 
 
 def test_both_parts_of_the_metric_have_the_energies_it_promises(model, pictures, dataset):
@@ -130,8 +136,7 @@ def test_fit_basis_takes_a_sketch(run, model, pictures, dataset, layout, tmp_pat
     code, _, err = run(*fit, "--metric", "functional")
     assert code == 1 and "--sketch FILE belong together" in err
     code, result, _ = run(*fit, "--metric", "functional", "--sketch", "s.safetensors")
-    assert code == 0 and result["metric"] == "functional"
-    assert len(load_dataset("data.safetensors")) == len(dataset)
+    assert code == 0 and load_coefficients(result["basis"])[1].metric.name == "functional"
 
 
 @pytest.mark.parametrize(
