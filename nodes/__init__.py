@@ -4,6 +4,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from .apply import ApplyDecodedLora
 from .avatars import ExamplePortrait, LoadAvatarModel
+from .collections import CompareLoras, SpaceFromLoras
 from .edits import EditIdentity
 from .encoding import EncodeLora
 from .host import folders
@@ -14,6 +15,7 @@ from .spaces import LoadSpace, SpaceInfo
 
 NODES: list[type[io.ComfyNode]] = [
     LoadSpace,
+    SpaceFromLoras,
     SampleIdentity,
     InvertFromImage,
     EncodeLora,
@@ -24,6 +26,7 @@ NODES: list[type[io.ComfyNode]] = [
     ApplyDecodedLora,
     SaveIdentity,
     SpaceInfo,
+    CompareLoras,
     LoadAvatarModel,
     ExamplePortrait,
 ]

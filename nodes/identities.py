@@ -1,10 +1,13 @@
 """Identities from a space, between two others, or one of several."""
 
+from functools import partial
+
 import torch
 from comfy_api.latest import io
 
 from .. import w2wpp
 from ..w2wpp.identity import MOST_STEPS
+from ..w2wpp.mixtures import sample_mixtures
 from .host import tensors
 from .types import IdentitySocket, People, SpaceSocket, schema
 
@@ -51,6 +54,13 @@ class SampleIdentity(io.ComfyNode):
                     max=64,
                     tooltip="How many people to draw. Each is painted separately further down the graph.",
                 ),
+                io.Boolean.Input(
+                    "mixture",
+                    default=False,
+                    optional=True,
+                    tooltip="For a space of your own LoRAs: mix three of them at random, with weights that sum to one, "
+                    "so that what is drawn stays inside of the collection.",
+                ),
             ],
             outputs=[
                 IdentitySocket.Output(
@@ -61,10 +71,13 @@ class SampleIdentity(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, space, seed: int, truncation: float, count: int) -> io.NodeOutput:
+    def execute(
+        cls, space, seed: int, truncation: float, count: int, mixture: bool = False
+    ) -> io.NodeOutput:
         generator = torch.Generator().manual_seed(seed)
+        draw = partial(sample_mixtures, space) if mixture else space.sample
         with tensors.ordinary_tensors():
-            identity = space.sample(count, generator=generator, truncation=truncation)
+            identity = draw(count, generator=generator, truncation=truncation)
         return io.NodeOutput(People(identity, space))
 
 

@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from ...w2wpp import Layout
 from ...w2wpp.errors import ConfigError
 from ...w2wpp.lora.hooks import hooked
-from .model import check_fit, check_inputs, times
+from .model import Target, check_fit, check_inputs, times
 from .plan import Plan, count_parameters
 
 PREFIX = "diffusion_model."
@@ -101,10 +101,21 @@ def _attention(_: Callable, *args: Any, **kwargs: Any) -> Tensor:
     return attention_pytorch(*args, **kwargs)
 
 
+def _whole_weights(targets: dict[str, Target]) -> dict[str, str]:
+    """Refuses modules that are rows of a weight which the host fuses: a hook sees the output of the whole."""
+    whole = {name: key for name, key in targets.items() if isinstance(key, str)}
+    if len(whole) < len(targets):
+        raise ConfigError(
+            f"Inversion can't yet reach {len(targets) - len(whole)} modules of this space, which the model keeps "
+            "fused into larger weights. Apply Decoded LoRA can."
+        )
+    return whole
+
+
 @contextlib.contextmanager
 def denoiser(model: Any, layout: Layout, conditioning: list, plan: Plan) -> Iterator[Denoiser]:
     """The UNet of ``model`` with its patches, under a prompt. Nothing stays behind when the block is left."""
-    keys = check_fit(model, layout)
+    keys = _whole_weights(check_fit(model, layout))
     check_inputs(model)
     moments = times(model)
     try:

@@ -7,7 +7,7 @@ import functools
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path, PureWindowsPath
+from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import folder_paths
 
@@ -21,6 +21,8 @@ from ...w2wpp.files.writing import is_leftover
 
 PACK = Path(__file__).parents[2]
 BUNDLED = PACK / "models"
+EXAMPLES = BUNDLED / "example_loras"
+EXAMPLE_LORAS = "eight avatars (shipped)"
 CATEGORY = "w2wpp"  # the folder under the host's models/, and its name in extra_model_paths.yaml
 ENDING = ".safetensors"
 SPACE, IDENTITY = "w2wpp.space", "w2wpp.identity"  # what files say that they are
@@ -88,6 +90,51 @@ def lora_path(name: str) -> str:
             f"There is no LoRA {name!r} in models/loras/. Press R to refresh the list."
         )
     return path
+
+
+def lora_folders() -> list[str]:
+    """The example LoRAs that ship, and the folders in models/loras/ that hold files, the whole of it included."""
+    parents = {p.as_posix() for name in lora_names() for p in _slashed(name).parents}
+    return [EXAMPLE_LORAS, *sorted(parents)]
+
+
+def loras_in(folder: str) -> dict[str, Path]:
+    """{name: path} of the LoRA files in a folder that `lora_folders` lists, and in its subfolders."""
+    if folder == EXAMPLE_LORAS:
+        return {path.name: path for path in sorted(EXAMPLES.glob(PATTERN))}
+    if folder not in lora_folders():
+        raise ConfigError(
+            f"There is no folder {folder!r} with LoRAs in models/loras/. Press R to refresh the list."
+        )
+    inside = {
+        _slashed(n).as_posix(): n for n in lora_names() if PurePosixPath(folder) in _slashed(n).parents
+    }
+    return {name: Path(lora_path(inside[name])) for name in sorted(inside)}
+
+
+def new_space_file(name: str) -> Path:
+    """Where a space of this name is saved; only a space that was made of LoRAs is replaced."""
+    root = Path(folder_paths.models_dir, CATEGORY)
+    path = root / (name.strip().replace("\\", "/").removesuffix(".safetensors") + ".safetensors")
+    outside = PureWindowsPath(name).drive or not path.resolve().is_relative_to(root.resolve())
+    if outside or path.name.startswith("."):
+        raise ConfigError(f"Spaces are saved in models/{CATEGORY}/ only; {name!r} leads elsewhere.")
+    if path.exists() and not _is_of_loras(path):
+        raise ConfigError(
+            f"models/{CATEGORY}/{path.relative_to(root).as_posix()} is there already, and is no space made of LoRAs. "
+            "Choose another name."
+        )
+    return path
+
+
+def _is_of_loras(path: Path) -> bool:
+    with contextlib.suppress(W2WError):
+        return "made_from" in load_space(path).provenance
+    return False
+
+
+def _slashed(name: str) -> PurePosixPath:
+    return PurePosixPath(name.replace("\\", "/"))
 
 
 def identity_files() -> dict[str, str]:

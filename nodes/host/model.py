@@ -6,39 +6,65 @@ from typing import Any
 
 import comfy.lora
 import comfy.model_sampling
-import comfy.utils
 from torch import Tensor
 
 from ...w2wpp import Layout, NoiseSchedule
 from ...w2wpp.errors import ConfigError, LayoutMismatch
+from ...w2wpp.lora.families import join_key
+
+Target = str | tuple  # the host's name of a weight, or (name, (dimension, start, length), ...) of a part of one
 
 
-def check_fit(model: Any, layout: Layout) -> dict[str, str]:
-    """The model's weight for every module of ``layout``, by the module's name; raises unless all are there and fit."""
-    keys = comfy.lora.model_lora_keys_unet(model.model, {})
-    found = {}
+def check_fit(model: Any, layout: Layout) -> dict[str, Target]:
+    """The model's weight for every module of ``layout``, by the module's name; raises unless all are there and fit.
+
+    The host's own map says where a module is, under whatever name its family of models has for it, and for fused
+    weights which rows.
+    """
+    known = {join_key(name): target for name, target in _host_keys(model).items()}
+    weights = model.model.state_dict()
+    found: dict[str, Target] = {}
     missing = misshapen = 0
     for module in layout.modules:
-        key = keys.get(lora_key(module.name))
-        expected = (module.out_features, module.in_features)
-        if not isinstance(key, str):  # absent, or a slice of a fused weight
+        target = known.get(join_key(module.name))
+        if target is None:
             missing += 1
-        elif tuple(comfy.utils.get_attr(model.model, key).shape) != expected:
+        elif _shape(weights, target) != (module.out_features, module.in_features):
             misshapen += 1
         else:
-            found[module.name] = key
+            found[module.name] = target
     if missing or misshapen:
         raise LayoutMismatch(
-            f"This identity needs a model of the family {layout.base_model!r} ({len(layout.modules)} attention weights "
-            f"of the layout {layout.name!r}), but the model is {model_name(model)}: {missing} of them are missing and "
+            f"This identity needs a model of the family {layout.base_model!r} ({len(layout.modules)} weights of the "
+            f"layout {layout.name!r}), but the model is {model_name(model)}: {missing} of them are missing and "
             f"{misshapen} have another shape. Connect the model that the space was learned on."
         )
     return found
 
 
-def lora_key(module: str) -> str:
-    """What kohya's files, and the host's map of keys, call a module."""
-    return "lora_unet_" + module.replace(".", "_")
+def _host_keys(model: Any) -> dict[str, Target]:
+    return comfy.lora.model_lora_keys_unet(model.model, {})
+
+
+def _shape(weights: dict[str, Tensor], target: Target) -> tuple[int, ...] | None:
+    """(out, in) of a weight or of the rows meant; a convolution's kernel counts as inputs."""
+    key, rows, _ = place_of(target)
+    weight = weights.get(key)
+    if weight is None or weight.ndim < 2:
+        return None
+    size_out, size_in = weight.shape[0], weight[0].numel()
+    if rows is None:
+        return size_out, size_in
+    dimension, start, length = rows
+    return (length, size_in) if dimension == 0 and start + length <= size_out else None
+
+
+def place_of(target: Target) -> tuple[str, tuple[int, int, int] | None, Any]:
+    """(name of the weight, (dimension, start, length) or None, function or None) as the host's patches have them."""
+    if isinstance(target, str):
+        return target, None, None
+    key, rows, *function = target
+    return key, rows, function[0] if function else None
 
 
 def model_name(model: Any) -> str:

@@ -13,7 +13,8 @@ import torch
 
 from ...w2wpp import Layout
 from ...w2wpp.errors import LayoutMismatch, check_finite
-from .model import check_fit, lora_key, model_name
+from ...w2wpp.lora.families import lora_key
+from .model import Target, check_fit, model_name, place_of
 
 
 def patched_each(
@@ -36,7 +37,7 @@ def patched_each(
 
 def _patched(
     model: Any,
-    keys: dict[str, str],
+    keys: dict[str, Target],
     layout: Layout,
     lora: dict[str, torch.Tensor],
     strength: float,
@@ -85,17 +86,19 @@ class _DelayedPatch:
         return comfy.lora.calculate_weight([self.patch], weight.clone(), self.key, weight.dtype)
 
 
-def _delay(model: Any, patches: dict[str, Any], strength: float, start: float) -> list[str]:
-    """Add patches that act from ``start`` of the sampling on; returns the keys of the weights.
+def _delay(model: Any, patches: dict[Target, Any], strength: float, start: float) -> list[Target]:
+    """Add patches that act from ``start`` of the sampling on; returns where they went.
 
     The weights themselves stay as they are and are patched while they are used. The host's weight hooks would do it
     otherwise, but they sit on conditionings, and need a second copy of a model that is streamed to the GPU.
     """
     gate = _Gate(start)
     known = model.model_state_dict()
-    added = [key for key in patches if key in known]
-    for key in added:
-        patch = (strength, patches[key], 1.0, None, None)
+    places = {target: place_of(target) for target in patches}
+    added = [target for target, (key, _, _) in places.items() if key in known]
+    for target in added:
+        key, rows, function = places[target]
+        patch = (strength, patches[target], 1.0, rows, function)
         model.add_weight_wrapper(key, _DelayedPatch(gate, key, patch))
     model.add_wrapper(comfy.patcher_extension.WrappersMP.APPLY_MODEL, gate)
     # Or the host takes the weights that it has loaded for another copy, without wrappers, for this one's.

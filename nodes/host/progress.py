@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import comfy.model_management
@@ -35,3 +36,15 @@ class Watch:
     def tell(self, text: str) -> None:
         """Write on the node."""
         PromptServer.instance.send_progress_text(text, self._node)
+
+
+def steps_shown(node: str, what: str) -> Callable[[int, int], None]:
+    """A callback (done, of) for the running node: its bar and its text. It raises if Cancel was pressed."""
+    bar = comfy.utils.ProgressBar(1)
+
+    def show(done: int, of: int) -> None:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        bar.update_absolute(done, of)
+        PromptServer.instance.send_progress_text(f"{what} {done} of {of}", node)
+
+    return show

@@ -16,6 +16,8 @@ from .server import PACK_FOLDER, REPO, Host, PromptFailed
 
 NAMES = {
     "W2WPP_LoadSpace": "W2W++ Load Space",
+    "W2WPP_SpaceFromLoras": "W2W++ Space from LoRAs",
+    "W2WPP_CompareLoras": "W2W++ Compare LoRAs",
     "W2WPP_SampleIdentity": "W2W++ Sample Identity",
     "W2WPP_EncodeLora": "W2W++ Encode LoRA",
     "W2WPP_LoadIdentity": "W2W++ Load Identity",

@@ -73,7 +73,6 @@ _RENAMED = {
         "x_block_attn2_proj": "attn2.to_out.0", "x_block_mlp_fc1": "ff.net.0.proj",
         "x_block_mlp_fc2": "ff.net.2", "context_block_mlp_fc1": "ff_context.net.0.proj",
         "context_block_mlp_fc2": "ff_context.net.2", "x_block_adaLN_modulation_1": "norm1.linear",
-        "context_block_adaLN_modulation_1": "norm1_context.linear",
     }),
     r"layers_(\d+)_": ("layers.{}.", {"attention_out": "attention.to_out.0"}),
 }  # fmt: skip

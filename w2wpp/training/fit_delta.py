@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +63,14 @@ def lora_files(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
     return list(dict.fromkeys(found))
 
 
-def open_members(paths: Sequence[Path]) -> tuple[list[Member], list[tuple[str, str]]]:
-    """Every file that is a LoRA, and (name, reason) of the others. Names are told apart where they repeat."""
-    names = _distinct([p.stem for p in paths], paths)
+def open_members(
+    paths: Sequence[Path], names: Sequence[str] | None = None
+) -> tuple[list[Member], list[tuple[str, str]]]:
+    """Every file that is a LoRA, and (name, reason) of the others.
+
+    Without names of their own they are called as their files, with the folder where that repeats.
+    """
+    names = names or _distinct([p.stem for p in paths], paths)
     members, refused = [], []
     for path, name in zip(paths, names):
         try:
@@ -322,12 +327,3 @@ def _distinct(stems: Sequence[str], paths: Sequence[Path]) -> list[str]:
         seen[name] += 1
         found.append(name if seen[name] == 1 else f"{name} ({seen[name]})")
     return found
-
-
-def renamed(members: Sequence[Member], names: Sequence[str]) -> list[Member]:
-    """Members under names of the user's own, in order."""
-    if len(names) != len(members) or len(set(names)) != len(names):
-        raise ConfigError(
-            f"There are {len(members)} LoRAs; give as many names, all different. Got {len(names)}."
-        )
-    return [replace(m, name=n) for m, n in zip(members, names)]

@@ -97,6 +97,68 @@ class OtherModel(io.ComfyNode):
         )
 
 
+REDUCED = {
+    "SDXL": {
+        "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 32, "num_res_blocks": [2, 2, 2],
+        "channel_mult": [1, 2, 4], "transformer_depth": [0, 0, 2, 2, 3, 3], "transformer_depth_middle": 3,
+        "transformer_depth_output": [0, 0, 0, 2, 2, 2, 3, 3, 3], "context_dim": 2048, "num_classes": "sequential",
+        "adm_in_channels": 2816, "num_heads": -1, "num_head_channels": 16, "use_spatial_transformer": True,
+        "use_linear_in_transformer": True, "legacy": False, "use_checkpoint": False, "use_temporal_attention": False,
+    },
+    "SD3": {
+        "in_channels": 16, "depth": 2, "patch_size": 2, "input_size": None, "adm_in_channels": 2048,
+        "context_embedder_config": {
+            "target": "torch.nn.Linear", "params": {"in_features": 4096, "out_features": 128},
+        },
+        "qk_norm": None, "num_patches": 36864, "pos_embed_max_size": 192, "pos_embed_scaling_factor": None,
+    },
+    "Flux": {
+        "image_model": "flux", "in_channels": 16, "out_channels": 16, "vec_in_dim": 768, "context_in_dim": 4096,
+        "hidden_size": 96, "mlp_ratio": 4.0, "num_heads": 4, "depth": 2, "depth_single_blocks": 2,
+        "axes_dim": [8, 8, 8], "theta": 10000, "patch_size": 2, "qkv_bias": True, "guidance_embed": True,
+        "txt_ids_dims": [],
+    },
+    "QwenImage": {
+        "image_model": "qwen_image", "in_channels": 64, "out_channels": 16, "num_layers": 2, "attention_head_dim": 32,
+        "num_attention_heads": 3, "joint_attention_dim": 3584, "axes_dims_rope": (8, 12, 12),
+    },
+    "ZImage": {
+        "image_model": "lumina2", "patch_size": 2, "in_channels": 16, "dim": 96, "cap_feat_dim": 64, "n_layers": 2,
+        "qk_norm": True, "mlp_ratio": 4.0, "n_heads": 4, "n_kv_heads": 4, "axes_dims": [8, 8, 8],
+        "axes_lens": [300, 512, 512], "rope_theta": 256.0, "ffn_dim_multiplier": 8.0 / 3.0,
+        "z_image_modulation": True, "time_scale": 1000.0,
+    },
+    "WAN21_T2V": {
+        "image_model": "wan2.1", "model_type": "t2v", "dim": 96, "ffn_dim": 128, "num_heads": 4, "num_layers": 2,
+        "in_dim": 16, "out_dim": 16, "patch_size": (1, 2, 2), "freq_dim": 256, "window_size": (-1, -1),
+        "qk_norm": True, "cross_attn_norm": True, "eps": 1e-6, "text_dim": 64,
+    },
+}  # fmt: skip
+
+
+class ReducedModel(io.ComfyNode):
+    """A model of a family at reduced depth and width, all of its weights random."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="Probe_ReducedModel",
+            inputs=[io.Combo.Input("family", options=list(REDUCED))],
+            outputs=[io.Model.Output()],
+        )
+
+    @classmethod
+    def execute(cls, family):
+        config = getattr(comfy.supported_models, family)(copy.deepcopy(REDUCED[family]))
+        config.set_inference_dtype(torch.float32, None)
+        cpu = torch.device("cpu")
+        model = config.get_model({}, "", device="cpu")
+        fill(model.diffusion_model, torch.Generator().manual_seed(0))
+        return io.NodeOutput(
+            comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu)
+        )
+
+
 class Adapters(io.ComfyNode):
     """What IPAdapter packs leave in a model: a patch of the cross attention, and one of an object."""
 
@@ -299,7 +361,7 @@ class RandomVAE:
 class ProbeExtension(ComfyExtension):
     async def get_node_list(self):
         return [
-            RandomModel, OtherModel, Adapters, Weights, State, FailingSpace, SmallSD15, RandomControl,
+            RandomModel, OtherModel, ReducedModel, Adapters, Weights, State, FailingSpace, SmallSD15, RandomControl,
         ]  # fmt: skip
 
 
