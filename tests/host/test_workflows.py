@@ -20,6 +20,7 @@ FACES = {
     "edit_a_face": (1, 2, 24),
     "invert_a_portrait": (1, 4, 4),
     "invert_edit_and_mix": (1, 6, 4),
+    "space_of_my_loras": (2, 2, 4),
 }
 
 
