@@ -101,13 +101,15 @@ def lora_folders() -> list[str]:
 def loras_in(folder: str) -> dict[str, Path]:
     """{name: path} of the LoRA files in a folder that `lora_folders` lists, and in its subfolders."""
     if folder == EXAMPLE_LORAS:
-        return {path.name: path for path in sorted(EXAMPLES.glob(PATTERN))}
+        return {path.name: path for path in sorted(EXAMPLES.glob("*" + ENDING))}
     if folder not in lora_folders():
         raise ConfigError(
             f"There is no folder {folder!r} with LoRAs in models/loras/. Press R to refresh the list."
         )
     inside = {
-        _slashed(n).as_posix(): n for n in lora_names() if PurePosixPath(folder) in _slashed(n).parents
+        _slashed(n).as_posix(): n
+        for n in lora_names()
+        if PurePosixPath(folder) in _slashed(n).parents
     }
     return {name: Path(lora_path(inside[name])) for name in sorted(inside)}
 
@@ -115,11 +117,12 @@ def loras_in(folder: str) -> dict[str, Path]:
 def new_space_file(name: str) -> Path:
     """Where a space of this name is saved; only a space that was made of LoRAs is replaced."""
     root = Path(folder_paths.models_dir, CATEGORY)
-    path = root / (name.strip().replace("\\", "/").removesuffix(".safetensors") + ".safetensors")
-    outside = PureWindowsPath(name).drive or not path.resolve().is_relative_to(root.resolve())
-    if outside or path.name.startswith("."):
-        raise ConfigError(f"Spaces are saved in models/{CATEGORY}/ only; {name!r} leads elsewhere.")
-    if path.exists() and not _is_of_loras(path):
+    if _leads_out(root, name):
+        raise ConfigError(
+            f"Spaces are saved in models/{CATEGORY}/ only; the name {name[:60]!r} leads out of it."
+        )
+    path = root / (portable_name(name.removesuffix(ENDING), "my LoRAs") + ENDING)
+    if os.path.lexists(path) and not _is_of_loras(path):
         raise ConfigError(
             f"models/{CATEGORY}/{path.relative_to(root).as_posix()} is there already, and is no space made of LoRAs. "
             "Choose another name."

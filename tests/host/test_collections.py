@@ -179,7 +179,7 @@ def test_a_saved_space_paints_what_the_unsaved_one_painted(host: Host) -> None:
 def test_what_is_saved_replaces_nothing_of_others(host: Host) -> None:
     folder = host.base / "models" / "w2wpp"
     (folder / "taken.safetensors").write_bytes(b"something of the user's")
-    for name, reason in (("taken", "is there already"), ("../../out", "leads elsewhere")):
+    for name, reason in (("taken", "is there already"), ("../../out", "leads out of it")):
         graph = Graph()
         mixture(graph, "eight avatars (shipped)", save_as=name)
         with pytest.raises(PromptFailed, match=reason):
