@@ -318,6 +318,7 @@ def test_copies_pairs_and_outliers_are_named(loras):
     assert found[("copy", "file 1")] == pytest.approx(2.0, rel=1e-3)
     assert "giant" in dict(report.outliers)
     assert "zero" in dict(report.refused)["empty"] and len(report.names) == 9
+    fit_delta(members_of(more), weights={"empty": 2.0})  # left out, so its weight does not matter
     assert "mixtures" in report.expectation or "mix" in report.expectation
     text = str(report)
     assert "copies: copy is file 1" in text and "did not fit: empty" in text
@@ -347,6 +348,18 @@ def test_members_of_another_family_or_size_do_not_fit(loras):
     kept, refused = fitting(members_of({**loras, "flux": other, "wide": wide}))
     assert [m.name for m in kept] == list(loras)
     assert "flux" in dict(refused)["flux"] and "sd2" in dict(refused)["wide"]
+
+
+def test_a_file_too_small_to_tell_its_model_fits_by_what_it_shares():
+    fused = {"joint_blocks.0.x_block.attn.qkv": Factors(torch.ones(1, 128), torch.randn(384, 1))}
+    other = {"joint_blocks.0.x_block.attn.qkv": Factors(torch.ones(1, 128), torch.randn(384, 1))}
+    small = {"transformer_blocks.0.attn.to_v": Factors(torch.ones(1, 128), torch.randn(128, 1))}
+    alien = {"transformer_blocks.0.attn.to_v": Factors(torch.ones(1, 64), torch.randn(64, 1))}
+    given = members_of({"fused": fused, "other": other, "small": small, "alien": alien})
+    assert [m.family for m in given] == ["sd3", "sd3", "unknown", "unknown"]
+    kept, refused = fitting(given)
+    assert [m.name for m in kept] == ["fused", "other", "small"]
+    assert dict(refused) == {"alien": "it is for unknown, most others are for sd3"}
 
 
 def test_spellings_of_one_lora_are_one(loras, tmp_path):

@@ -14,7 +14,7 @@ COPY = 0.999  # cosine from which on two files hold one update, perhaps at anoth
 LONE = 4.0  # how many times longer or shorter than the median an update is when it is called an outlier
 LEFT_OUT = 100  # files at most that are left out one at a time
 PAIRS = 5  # of nearest neighbours that are told
-FEW, SOME = 8, 50  # files
+FEW, SOME = 9, 50  # files
 
 
 def cosines(gram: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,9 @@ from ..codecs import build_codec
 from ..delta_basis import DeltaBasis, Grams, compute_grams, delta_components
 from ..errors import ConfigError, DataError, W2WError
 from ..lora.collection import Collection, collect
+from ..lora.families import UNKNOWN, join_key, split_sizes
 from ..lora.layout import Layout, Module
-from ..lora.members import Member, open_member
+from ..lora.members import Member, Source, open_member
 from ..space import Space
 from .collection_report import (
     CollectionReport,
@@ -86,9 +87,14 @@ def fitting(members: Sequence[Member]) -> tuple[list[Member], list[tuple[str, st
         return [], []
     refused = []
     family = Counter(m.family for m in members).most_common(1)[0][0]
+    known = [m for m in members if m.family == family]
+    theirs = _module_keys(known)
     kept = []
     for member in members:
-        if member.family == family:
+        # Too few modules to tell a model by, but modules that the others have as well.
+        unsure = UNKNOWN in (member.family, family)
+        shared = unsure and bool(_module_keys([member]) & theirs)
+        if member.family == family or shared:
             kept.append(member)
         else:
             refused.append(
@@ -116,6 +122,21 @@ def fitting(members: Sequence[Member]) -> tuple[list[Member], list[tuple[str, st
         else:
             fit.append(member)
     return fit, refused
+
+
+def _module_keys(members: Sequence[Member]) -> set[tuple[str, int, int]]:
+    """Modules with their sizes, however they are spelled and fused."""
+    return {
+        (join_key(name), source.shape.size_in, stop - start)
+        for member in members
+        for name, (source, (start, stop)) in _parts(member)
+    }
+
+
+def _parts(member: Member) -> Iterator[tuple[str, tuple[Source, tuple[int, int]]]]:
+    for name, source in member.modules.items():
+        for part, rows in split_sizes(name, source.shape.size_in, source.shape.size_out).items():
+            yield part, (source, rows)
 
 
 def collection_layout(collection: Collection, rank: int) -> Layout:
@@ -153,7 +174,8 @@ def fit_delta(
         collection = collect(members, settings.cut_to)
         layout = collection_layout(collection, layout.rank)
         grams = compute_grams(layout, collection, progress)
-    p = member_weights(members, weights)
+    left_out = {name for name, _ in refused}
+    p = member_weights(members, {n: w for n, w in (weights or {}).items() if n not in left_out})
     mixing, values = delta_components(grams.total, p, settings.components)
     basis = DeltaBasis(
         layout, collection, grams=lambda: grams, weights=p, mixing=mixing, singular_values=values
