@@ -21,11 +21,12 @@ class Model:
     """What `patched_each` needs of the host's model patcher."""
 
     def __init__(self, shapes):
-        self.model = SimpleNamespace(model_config=None, shapes=shapes)
-        self.patches = {}
+        weights = {key: torch.zeros(shape) for key, shape in shapes.items()}
+        self.shapes, self.patches = shapes, {}
+        self.model = SimpleNamespace(model_config=None, state_dict=lambda: weights)
 
     def clone(self):
-        copy = Model(self.model.shapes)
+        copy = Model(self.shapes)
         copy.patches = dict(self.patches)
         return copy
 
@@ -50,7 +51,6 @@ def host(monkeypatch):
     parts = {
         "comfy": {},
         "comfy.lora": {"model_lora_keys_unet": model_lora_keys_unet, "load_lora": load_lora},
-        "comfy.utils": {"get_attr": lambda model, key: torch.zeros(model.shapes[key])},
         "comfy.model_sampling": {},
         "comfy.patcher_extension": {},
     }
