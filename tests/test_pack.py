@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import ast
 import json
+import os
+import re
 from pathlib import Path
+from xml.etree import ElementTree
 
+import pathspec
 import pytest
 
 REPO = Path(__file__).resolve().parents[1]
@@ -61,3 +65,37 @@ def test_links_of_a_workflow_agree_with_its_nodes(path: Path) -> None:
         assert link in nodes[source]["outputs"][output]["links"]
         assert nodes[target]["inputs"][slot]["link"] == link
         assert nodes[source]["outputs"][output]["type"] == kind
+
+
+def packed() -> set[str]:
+    """What `comfy node pack` archives: the files of the repository without those that .comfyignore names."""
+    lines = [*(REPO / ".gitignore").read_text("utf-8").splitlines(), ".git/"]
+    lines += (REPO / ".comfyignore").read_text("utf-8").splitlines()
+    ignored = pathspec.GitIgnoreSpec.from_lines(lines)
+    found = set()
+    for folder, below, names in os.walk(REPO):
+        at = Path(folder).relative_to(REPO).as_posix()
+        below[:] = [d for d in below if not ignored.match_file(f"{at}/{d}/".removeprefix("./"))]
+        found |= {f"{at}/{name}".removeprefix("./") for name in names}
+    return {name for name in found if not ignored.match_file(name)}
+
+
+def test_the_archive_of_the_registry_holds_the_pack_and_no_tests() -> None:
+    names = packed()
+    assert not [n for n in names if n.startswith(("tests/", ".ci/")) or "heldout" in n]
+    assert not [n for n in names if n.startswith("benchmarks/") and not n.endswith(".md")]
+    code = {p.relative_to(REPO).as_posix() for p in SOURCES}
+    beside = {"requirements.txt", "pyproject.toml", "LICENSE", "README.md", "models/README.md"}
+    shipped = {f"models/{n}.safetensors" for n in ("avatars", "avatars-pca", "avatar-base")}
+    assert code | beside | shipped <= names
+    for folder in ("web/docs", "locales/en", "example_workflows"):
+        assert {p.relative_to(REPO).as_posix() for p in (REPO / folder).iterdir()} <= names
+
+
+def test_the_icon_is_a_square_drawing_of_our_own() -> None:
+    icon = re.search(r'^Icon = "(.+)"$', (REPO / "pyproject.toml").read_text("utf-8"), re.M)[1]
+    path = REPO / "docs" / "icon.svg"
+    assert icon.endswith("/main/" + path.relative_to(REPO).as_posix())
+    drawing = ElementTree.parse(path).getroot()
+    assert drawing.attrib["width"] == drawing.attrib["height"] == "400"
+    assert not [e for e in drawing.iter() if e.tag.endswith(("image", "script"))]
