@@ -2,7 +2,7 @@
 
 from setuptools import find_packages, setup
 
-# The host wants these beside its nodes; `w2wpp.shipped` looks in both places.
+# The host wants these beside its nodes; `w2wpp.bundle` looks in both places.
 BESIDE = {"models": ["*.safetensors", "README.md"], "example_workflows": ["*.png"]}
 
 setup(

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # From the ground up. A room knows itself and what lies below it; rooms of one floor do not know each other.
 FLOORS = (
     ("errors",),
-    ("arrays", "shipped"),
+    ("arrays", "bundle"),
     ("files", "metrics", "noise", "rates"),
     ("lora.layout", "diffusion", "plots"),
     ("weight_metric",),

@@ -20,6 +20,7 @@ MISSING = ""  # a sentence for the user, where a package that all of this needs 
 
 try:
     from .basis import AffineBasis, Basis
+    from .bundle import shipped
     from .codecs import CODECS, Posterior, build_codec
     from .edits import edit
     from .encode import EncodeReport, encode_lora
@@ -53,7 +54,6 @@ try:
     )
     from .lora.files import LoraFile, kohya_tensors, load_lora, lora_of_tensors, save_lora
     from .lora.layout import SD15, Layout, Module, transformer_layout
-    from .shipped import shipped
     from .space import Space
     from .spacefile import load_space, save_space
     from .training.coefficients import Coefficients, project_dataset

@@ -184,6 +184,7 @@ class Basis:
         )
 
     def to(self, device: torch.device | str) -> Basis:
+        """The same basis on a device; tensors move when they are first used."""
         moved = Basis(
             reader=lambda name: self._get(name).to(device),
             size=self.size,
@@ -199,6 +200,7 @@ class Basis:
         return {**own, **{f"metric.{name}": t for name, t in self.metric.tensors().items()}}
 
     def config(self) -> dict[str, Any]:
+        """The JSON beside its tensors in a file."""
         config = {
             "kind": self.kind,
             "size": self.size,
@@ -296,12 +298,15 @@ class AffineBasis:
         return difference * self.scale
 
     def to(self, device: torch.device | str) -> AffineBasis:
+        """Itself: it has no tensors to move."""
         return self
 
     def tensors(self) -> dict[str, Tensor]:
+        """None: two numbers say all, and they are in `config`."""
         return {}
 
     def config(self) -> dict[str, Any]:
+        """The JSON that stands for it in a file."""
         return {"kind": self.kind, "size": self.size, "shift": self.shift, "scale": self.scale}
 
 

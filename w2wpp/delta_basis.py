@@ -56,10 +56,12 @@ class Products:
 
     @property
     def total(self) -> Tensor:
+        """<dW, dW_i> [N] over all blocks."""
         return torch.stack(list(self.with_members.values())).sum(0)
 
     @property
     def square_norm(self) -> float:
+        """|dW|^2 over all blocks."""
         return sum(self.own.values())
 
 
@@ -108,10 +110,12 @@ class DeltaBasis:
 
     @functools.cached_property
     def grams(self) -> Grams:
+        """Inner products of the members, computed or read on first use."""
         return self._grams()
 
     @functools.cached_property
     def block_names(self) -> dict[str, str]:
+        """{module: block of the model}."""
         return blocks(m.name for m in self.layout.modules)
 
     def member_coefficients(self) -> Tensor:
@@ -199,6 +203,7 @@ class DeltaBasis:
         return self._with(self.stacks, self.mixing[:count], self.singular_values[:count])
 
     def to(self, device: torch.device | str) -> DeltaBasis:
+        """The same basis on a device; the members' factors move as they are read."""
         moved = _Moved(self.stacks, torch.device(device))
         basis = self._with(moved, self.mixing.to(device), self.singular_values.to(device))
         basis.weights = self.weights.to(device)
@@ -242,9 +247,11 @@ class DeltaBasis:
         return found
 
     def bulk_bytes(self) -> int:
+        """How many bytes the members' factors take in a file."""
         return sum(2 * t.shape[0] * t.shape[1] for t in self.bulk().values())
 
     def config(self) -> dict[str, Any]:
+        """The JSON beside its tensors in a file."""
         return {
             "kind": self.kind,
             "size": self.size,

@@ -39,6 +39,7 @@ class EncodeReport:
     unread_tensors: tuple[str, ...]  # of other kinds: text encoder, convolutions, ...
 
     def to_json(self) -> dict[str, Any]:
+        """The same as JSON, rounded for reading."""
         return {
             "update_error": round(self.update_error, 6),
             "rank_energy_lost": round(self.rank_energy_lost, 6),
@@ -93,6 +94,7 @@ def encode_lora(
 
 
 def read_any(lora: AnyLora) -> LoraFile:
+    """A LoRA given in any of the ways that `encode_lora` takes."""
     if isinstance(lora, LoraFile):
         return lora
     return lora_of_tensors(lora) if isinstance(lora, Mapping) else load_lora(adapter_file(lora))

@@ -46,6 +46,7 @@ class DeltaReport:
         return max(0.0, 1.0 - self.explained) ** 0.5
 
     def to_json(self) -> dict[str, Any]:
+        """The same as JSON, rounded for reading."""
         return {
             "explained": round(self.explained, 6),
             "mean_lora_share": round(self.mean_share, 6),
@@ -124,6 +125,7 @@ def as_member(lora: str | os.PathLike[str] | LoraFile | Mapping[str, Tensor] | M
 
 
 def layout_shapes(layout: Layout) -> dict[str, Shape]:
+    """{module: shape} of a layout."""
     return {m.name: Shape(m.in_features, m.out_features) for m in layout.modules}
 
 

@@ -47,6 +47,7 @@ class Flow(nn.Module):
 
     @property
     def config(self) -> dict[str, Any]:
+        """What builds the same architecture again."""
         sizes = {"size": self.size, "rounds": self.rounds, "knots": self.knots}
         return {"kind": self.kind, **sizes}
 

@@ -23,10 +23,12 @@ class Decoder(Protocol):
     """What identities need of their space."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """What the space is called, for messages."""
 
     @property
-    def fingerprint(self) -> str: ...
+    def fingerprint(self) -> str:
+        """Names the coordinates that an identity must have been made in."""
 
     def decode(self, z: Tensor, residual: Tensor | None = None) -> Tensor:
         """Latents z [B, d] and a residual [B, K] -> vectors [B, P]."""
@@ -171,6 +173,7 @@ def save_identity(identity: Identity, path: str | os.PathLike[str], *, new: bool
 
 
 def load_identity(path: str | os.PathLike[str]) -> Identity:
+    """Read an identity file. Raises FormatError for any other, or one of a version that is not known here."""
     with open_container(path, FORMAT) as file:
         fingerprint = file.config.get("space_fingerprint")
         provenance = file.config.get("provenance", {})
@@ -187,6 +190,7 @@ def load_identity(path: str | os.PathLike[str]) -> Identity:
 
 
 def require_same_space(identity: str, space: str, name: str = "") -> None:
+    """Raise SpaceMismatch if an identity's fingerprint is not the space's."""
     if identity != space:
         which = (
             f"the space '{name}' ({space[:8]})" if name else f"one made in the space {space[:8]}"

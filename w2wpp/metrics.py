@@ -25,6 +25,7 @@ class Estimate:
         return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
     def to_json(self) -> dict[str, float | int]:
+        """mean, low, high and count."""
         return {"mean": self.mean, "low": self.low, "high": self.high, "count": self.count}
 
 

@@ -103,26 +103,32 @@ class Space:
 
     @property
     def name(self) -> str:
+        """As its file says, 'unnamed' otherwise."""
         return str(self.provenance.get("name", "unnamed"))
 
     @property
     def version(self) -> str:
+        """As its file says, empty otherwise."""
         return str(self.provenance.get("version", ""))
 
     @property
     def licence(self) -> str:
+        """As its file says, empty otherwise: then nothing is known of how it may be used."""
         return str(self.provenance.get("licence", ""))
 
     @property
     def base_model(self) -> str:
+        """Family of the base model that its LoRAs fit: 'sd15', 'avatar', ..."""
         return self.layout.base_model
 
     @property
     def trigger_prompt(self) -> str:
+        """Words that call up its people in a prompt, empty if there are none."""
         return str(self.provenance.get("trigger_prompt", ""))
 
     @property
     def training_report(self) -> Mapping[str, Any]:
+        """What was measured when it was trained, as JSON."""
         report = self.provenance.get("training_report")
         return report if isinstance(report, Mapping) else {}
 

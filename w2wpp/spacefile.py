@@ -25,13 +25,13 @@ import torch
 from torch import Tensor
 
 from .basis import WEIGHTED, AffineBasis, Basis
+from .bundle import shipped_folder
 from .codecs import Codec, build_codec
 from .delta_basis import DeltaBasis
 from .errors import ConfigError, FormatError, SpaceMismatch, reading
 from .files.container import Container, Streamed, open_container, write_container
 from .flow import Flow
 from .lora.layout import Layout
-from .shipped import shipped_folder
 from .space import Space, SpaceBasis, compact, fingerprint_of
 from .start_network import StartNetwork, build_start
 

@@ -47,6 +47,7 @@ class StartNetwork(nn.Module):
 
     @property
     def config(self) -> dict[str, int]:
+        """What `build_start` needs to make this architecture again."""
         sizes = {"latent_size": self.latent_size, "rank": len(self.spread), "size": self.size}
         return {**sizes, "width": self.width, "features": self.features}
 
@@ -66,6 +67,7 @@ class StartNetwork(nn.Module):
         return F.silu(self.neck(hidden.flatten(1)))
 
     def forward(self, pictures: Tensor) -> Tensor:
+        """Pictures [n, 3, H, W] in [-1, 1] of any size -> latents [n, d]."""
         return self.head(self.describe(pictures)) * self.scale
 
 

@@ -29,7 +29,8 @@ class Metric(Protocol):
     """A metric before mean and deviations are known."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """As files and the command line call it."""
 
     def at(self, mean: Tensor, std: Tensor) -> BoundMetric:
         """The metric on differences in units of std [P] about mean [P]."""
@@ -44,9 +45,11 @@ class Metric(Protocol):
         """Places, 0 and P among them, between which features do not mix columns."""
         ...
 
-    def config(self) -> dict[str, Any]: ...
+    def config(self) -> dict[str, Any]:
+        """The JSON that stands for it in a file."""
 
-    def tensors(self) -> dict[str, Tensor]: ...
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors beside that."""
 
 
 class BoundMetric:
@@ -76,6 +79,7 @@ class BoundMetric:
         return squares + self.extra(x).square().sum(1, dtype=torch.float64)
 
     def to(self, device: torch.device | str) -> BoundMetric:
+        """The same on a device."""
         return self
 
 

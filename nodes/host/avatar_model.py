@@ -42,6 +42,8 @@ class AvatarPixels(comfy.latent_formats.LatentFormat):
 
 
 class AvatarConfig(comfy.supported_models_base.BASE):
+    """What the host must know of the avatar base to sample with it."""
+
     unet_extra_config: ClassVar[dict[str, Any]] = {}  # BASE would overwrite the number of heads
     latent_format = AvatarPixels
     memory_usage_factor = 0.2

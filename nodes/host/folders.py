@@ -57,6 +57,7 @@ def space_names() -> list[str]:
 
 
 def space_path(name: str) -> str:
+    """The path of a space by the name that the node shows. Raises an error that names what there is."""
     if name not in space_names():
         raise ConfigError(
             f"There is no space {name!r} in models/{CATEGORY}/. Installed are: {', '.join(space_names()) or 'none'}. "
@@ -66,6 +67,7 @@ def space_path(name: str) -> str:
 
 
 def space_header(name: str) -> SpaceHeader:
+    """What a space file says of itself, without reading its tensors."""
     path = space_path(name)
     return _space_header(path, file_stamp(path))
 
@@ -80,10 +82,12 @@ def attribute_names() -> list[str]:
 
 
 def lora_names() -> list[str]:
+    """The LoRA files that the host knows."""
     return _listed("loras")
 
 
 def lora_path(name: str) -> str:
+    """The path of a LoRA by its name in the host's folders."""
     path = _place("loras", name) if name in lora_names() else None
     if path is None:
         raise ConfigError(
@@ -155,6 +159,7 @@ def identity_files() -> dict[str, str]:
 
 
 def identity_path(name: str) -> str:
+    """The path of an identity by the name that the node shows."""
     files = identity_files()
     if name not in files:
         raise ConfigError(

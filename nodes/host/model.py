@@ -114,6 +114,7 @@ def times(model: Any) -> Tensor:
 
 
 def check_inputs(model: Any) -> None:
+    """Refuse what an inversion can't work with, before anything is loaded."""
     base = model.model
     wanted = base.model_config.unet_config["in_channels"]
     given = base.latent_format.latent_channels * base.model_config.unet_config.get("fold", 1) ** 2

@@ -69,4 +69,5 @@ def _room(device: torch.device) -> int:
 
 
 def count_parameters(model: Any) -> int:
+    """How many numbers a model has."""
     return sum(p.numel() for p in model.model.diffusion_model.parameters())

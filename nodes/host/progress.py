@@ -22,6 +22,7 @@ class Watch:
 
     @property
     def shows_previews(self) -> bool:
+        """Whether the user's settings ask for previews."""
         return self._previewer is not None
 
     def show(self, step: int, steps: int, text: str, latents: torch.Tensor | None = None) -> None:

@@ -33,6 +33,7 @@ Made = dict[str, Any]
 
 
 def make_base(world: World, log: Log, *, processes: int, output: Path | None = None) -> Made:
+    """Train the diffusion model; resumes from the checkpoint in the working folder."""
     started, config, output = time.monotonic(), BaseTraining(), output or world.at(BASE)
     trained = launch_base(
         config, processes=processes, checkpoint=world.work / "base.ckpt", callback=log
@@ -42,6 +43,7 @@ def make_base(world: World, log: Log, *, processes: int, output: Path | None = N
 
 
 def make_embedder(world: World, log: Log, *, output: Path | None = None) -> Made:
+    """Train the embedder, which gives ID scores, and measure it on strangers."""
     started, config, output = time.monotonic(), EmbedderTraining(), output or world.at(EMBEDDER)
     trained = train_embedder(config, checkpoint=world.work / "embedder.ckpt", callback=log)
     figures = measure_embedder(trained)
@@ -53,6 +55,7 @@ def make_embedder(world: World, log: Log, *, output: Path | None = None) -> Made
 def make_loras(
     world: World, log: Log, *, people: int | None, conditions: str, workers: int
 ) -> Made:
+    """Fine-tune a LoRA for every person and gather them as a data set."""
     started = time.monotonic()
     config = LoraSet(training=DreamBooth(conditions=conditions))  # type: ignore[arg-type]
     if people:
@@ -70,6 +73,7 @@ def make_loras(
 def make_gate(
     world: World, log: Log, *, data: Path | None = None, output: Path | None = None
 ) -> Made:
+    """Judge whether there is anything to learn: the figures of results/world.json."""
     dataset, output = _dataset(world, data), output or world.at("results/world.json")
     result = judge_world(_studio(world), dataset, components=spaces.components_of(dataset))
     save_result(output, result, gate_table(result))
@@ -86,6 +90,7 @@ def make_spaces(
     ship: bool = False,
     replace: bool = False,
 ) -> Made:
+    """Train the spaces that are compared; with `ship` the two that go into models/."""
     dataset, folder = _dataset(world, data), output or world.at("work/spaces")
     written = spaces.train_spaces(dataset, folder, callback=log)
     if ship:
@@ -101,6 +106,7 @@ def make_start(
     data: Path | None = None,
     ship: bool = False,
 ) -> Made:
+    """Train a start network and add it to space files, in place."""
     dataset, network = _dataset(world, data), start.reader(world.work, log)
     paths = [*space, *(map(world.at, SHIPPED) if ship else ())]
     written = [start.add_start(path, network, dataset, _studio(world)) for path in paths]
@@ -117,6 +123,7 @@ def make_directions(
     output: Path | None = None,
     ship: bool = False,
 ) -> Made:
+    """Measure edit directions in pictures; with `ship` those that pass go into the space files."""
     started, dataset = time.monotonic(), _dataset(world, data)
     output = output or world.at("results/directions.json")
     studio = replace(_studio(world), pictures=1)
@@ -145,6 +152,7 @@ def make_directions(
 
 
 def make_list(world: World, log: Log) -> Made:
+    """Write models/README.md: origin, size and checksum of every file."""
     path = world.at("models/README.md")
     write_text(path, catalogue(world.models))
     return {"written": str(path)}

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..shipped import shipped_folder
+from ..bundle import shipped_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 MODELS = shipped_folder("models")

@@ -139,6 +139,7 @@ def _stage(stages: Any, stage: Stage) -> Any:
 
 
 def run_stage(args: argparse.Namespace) -> Result:
+    """`w2wpp avatars STAGE`"""
     stage, world = NAMED[args.stage], World(work=args.work)
     options = {
         k: v for k, v in vars(args).items() if k not in ("verb", "stage", "work", "run", "json")
@@ -155,12 +156,14 @@ def run_stage(args: argparse.Namespace) -> Result:
 
 
 def run_demo(args: argparse.Namespace) -> Result:
+    """`w2wpp demo`"""
     from ..avatars.measure.demo import make_demo
 
     return make_demo(args.output, models=MODELS, seed=args.seed, truncation=args.truncation)
 
 
 def run_invert(args: argparse.Namespace) -> Result:
+    """`w2wpp invert`"""
     from ..avatars.measure.portrait import invert_file, say
 
     return invert_file(
@@ -177,6 +180,7 @@ def run_invert(args: argparse.Namespace) -> Result:
 
 
 def run_evaluate(args: argparse.Namespace) -> Result:
+    """`w2wpp evaluate`"""
     from ..avatars.measure.reports import report_inversion, report_spaces
 
     common = {"data": args.data, "people": args.people, "workers": args.workers}

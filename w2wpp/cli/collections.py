@@ -25,6 +25,7 @@ Verbs = Any  # argparse's collection of subparsers has no public type
 
 
 def register(verbs: Verbs) -> None:
+    """Add the verbs of this file to the parser."""
     p = verbs.add_parser(
         "space", help="make a space of LoRA files, of any rank, trainer and base model"
     )
@@ -60,6 +61,7 @@ def register(verbs: Verbs) -> None:
 
 
 def space(args: argparse.Namespace) -> dict[str, Any]:
+    """`w2wpp space`"""
     members, refused = _members(args.loras)
     settings = CollectionSettings(
         rank=args.rank,
@@ -92,6 +94,7 @@ def space(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def compare(args: argparse.Namespace) -> dict[str, Any]:
+    """`w2wpp compare`"""
     members, refused = _members(args.loras)
     if len(members) < 2:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in refused)
@@ -101,6 +104,7 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def comparison_json(found: Comparison) -> dict[str, Any]:
+    """What `w2wpp compare` prints: cosines, positions on a map, copies and outliers."""
     positions = map_positions(found.gram)
     return {
         "family": found.family,

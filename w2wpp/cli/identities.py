@@ -27,6 +27,7 @@ Verbs = Any  # argparse's collection of subparsers has no public type
 
 
 def register(verbs: Verbs) -> None:
+    """Add the verbs of this file to the parser."""
     p = verbs.add_parser("info", help="what a space, identity, data set or LoRA file holds")
     p.add_argument("file", metavar="FILE")
     p.set_defaults(run=info)
@@ -76,6 +77,7 @@ def register(verbs: Verbs) -> None:
 
 
 def info(args: argparse.Namespace) -> dict[str, Any]:
+    """`w2wpp info`"""
     file = open_container(args.file)
     kind = file.metadata.get("format", "")
     known = {"w2wpp.space": _space_info, "w2wpp.identity": _identity_info}
@@ -87,6 +89,7 @@ def info(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def sample(args: argparse.Namespace) -> dict[str, Any]:
+    """`w2wpp sample`"""
     space = load_space(args.space)
     generator = torch.Generator().manual_seed(args.seed)
     draw = partial(sample_mixtures, space) if args.mixture else space.sample
@@ -95,11 +98,13 @@ def sample(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def interpolate_files(args: argparse.Namespace) -> dict[str, Any]:
+    """`w2wpp interpolate`"""
     a, b = load_identity(args.a), load_identity(args.b)
     return saved(interpolate(a, b, steps=args.steps, mode=args.mode), args.output)
 
 
 def encode(args: argparse.Namespace) -> dict[str, Any]:
+    """`w2wpp encode`"""
     space = load_space(args.space)
     found = [encode_lora(space, path, residual=args.residual) for path in args.loras]
     names = [Path(path).name for path in args.loras]
@@ -111,6 +116,7 @@ def encode(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def edit_file(args: argparse.Namespace) -> dict[str, Any]:
+    """`w2wpp edit`"""
     identity = load_identity(args.identity)
     strengths = dict(_change(text) for text in args.changes)
     edited = edit(identity, _space_of(identity, args), strengths)
@@ -118,6 +124,7 @@ def edit_file(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def export(args: argparse.Namespace) -> dict[str, Any]:
+    """`w2wpp export`"""
     identity = load_identity(args.identity)
     space = _space_of(identity, args)
     files = _numbered(Path(args.output), len(identity))
@@ -148,6 +155,7 @@ def _change(text: str) -> tuple[str, float]:
 
 
 def saved(identity: Identity, path: str) -> dict[str, Any]:
+    """Write an identity, and what a verb says of it."""
     save_identity(identity, path)
     facts = {"identity": path, "count": len(identity), "latent_size": identity.z.shape[1]}
     return {**facts, "space_fingerprint": identity.space_fingerprint}

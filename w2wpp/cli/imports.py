@@ -17,6 +17,7 @@ from .layouts import find_layout
 
 
 def register(verbs: Any) -> None:
+    """Add the verbs of this file to the parser."""
     p = verbs.add_parser("import-w2w", help="official weights2weights files to a linear space")
     p.add_argument("folder", metavar="DIR", help="with mean.pt, std.pt and V.pt")
     p.add_argument("--components", type=int, help="how many of V's columns (default: all)")
@@ -44,6 +45,7 @@ def register(verbs: Any) -> None:
 
 
 def import_w2w(args: argparse.Namespace) -> dict[str, Any]:
+    """`w2wpp import-w2w`"""
     layout = find_layout(args.layout)
     source = open_w2w(args.folder, components=args.components, layout=layout)
     found = None
@@ -65,6 +67,7 @@ def import_w2w(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def import_identity(args: argparse.Namespace) -> dict[str, Any]:
+    """`w2wpp import-identity`"""
     space = load_space(args.space)
     if Path(args.source).suffix != ".pt":
         identity, report = encode_lora(space, adapter_file(args.source), residual=args.residual)
@@ -74,6 +77,7 @@ def import_identity(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def import_vae(args: argparse.Namespace) -> dict[str, Any]:
+    """`w2wpp import-vae`"""
     name = args.name or Path(args.checkpoint).stem
     space = read_vae(args.checkpoint, layout=find_layout(args.layout), name=name)
     save_space(space, args.output)

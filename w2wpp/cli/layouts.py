@@ -13,6 +13,7 @@ LAYOUTS = {"sd15": SD15}
 
 
 def find_layout(name: str) -> Layout:
+    """The layout that `--layout` names: a built-in one, or that of a space, data set or JSON file."""
     if name in LAYOUTS:
         return LAYOUTS[name]
     path = Path(name)

@@ -26,6 +26,7 @@ EXTRAS = {"diffusers", "matplotlib", "PIL"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line (of this process by default); returns the exit code."""
     args = build_parser().parse_args(argv)
     try:
         check_arguments(args)
@@ -64,6 +65,7 @@ def _print(text: str) -> None:
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """The parser of all verbs."""
     parser = argparse.ArgumentParser(
         prog="w2wpp", description="Identities as points in a space of LoRA weights."
     )

@@ -70,6 +70,7 @@ HELDOUT = 0.1  # of the persons behind official files
 
 
 def register(verbs: Any) -> None:
+    """Add the verbs of this file to the parser."""
     p = verbs.add_parser("dataset", help="gather LoRA files into a data set of vectors")
     p.add_argument("folders", nargs="+", metavar="LORA_DIR")
     p.add_argument("--layout", default="sd15", help="sd15, or a space or data set that has it")
@@ -211,6 +212,7 @@ def _register_fit_start(verbs: Any) -> None:
 
 
 def fit_start(args: argparse.Namespace) -> dict[str, Any]:
+    """`w2wpp fit-start`"""
     config = StartTraining(seed=args.seed, steps=args.steps, size=args.size, width=args.width)
     output = args.output or args.space
     report = fit_start_table(
@@ -227,6 +229,7 @@ def fit_start(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def directions(args: argparse.Namespace) -> dict[str, Any]:
+    """`w2wpp directions`"""
     space, data = load_space(args.space), load_dataset(args.data)
     found = space_directions(
         space, data, only=args.only, debias=not args.naive, against=args.against
@@ -237,6 +240,7 @@ def directions(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def dataset(args: argparse.Namespace) -> dict[str, Any]:
+    """`w2wpp dataset`"""
     layout = find_layout(args.layout)
     written = gather_loras(
         args.folders,
@@ -259,6 +263,7 @@ def dataset(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def synthesize(args: argparse.Namespace) -> dict[str, Any]:
+    """`w2wpp synthesize`"""
     written = write_synthetic(
         args.output,
         args.rows,
@@ -290,6 +295,7 @@ def _basis_metric(args: argparse.Namespace, data: VectorDataset) -> str | Metric
 
 
 def basis(args: argparse.Namespace) -> dict[str, Any]:
+    """`w2wpp fit-basis`"""
     ranks = current_ranks()
     data = load_dataset(args.data)
     fitted = fit_coefficients(
@@ -324,6 +330,7 @@ def basis(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def train(args: argparse.Namespace) -> dict[str, Any]:
+    """`w2wpp train`"""
     ranks = current_ranks()
     where = Compute.pick(args.device, args.precision)
     coefficients, fitted = _training_input(args)

@@ -23,6 +23,7 @@ class Posterior:
 
     @property
     def std(self) -> Tensor:
+        """Standard deviations [B, d]."""
         return torch.exp(0.5 * self.logvar)
 
     def kl(self) -> Tensor:
@@ -60,7 +61,9 @@ class Codec(nn.Module):
     """Subclasses define `_encode`, `_decode` and `options`."""
 
     name: ClassVar[str]
-    stored_name: ClassVar[str] = ""  # in files, where it was another from the first; fingerprints depend on it
+    stored_name: ClassVar[str] = (
+        ""  # in files, where it was another from the first; fingerprints depend on it
+    )
 
     def __init__(self, coefficient_size: int, latent_size: int) -> None:
         super().__init__()
@@ -91,6 +94,7 @@ class Codec(nn.Module):
         return {"name": self.stored_name or self.name, **sizes, **self.options()}
 
     def options(self) -> dict[str, Any]:
+        """What `config` holds beyond name and sizes."""
         return {}
 
     def adapt(self, singular_values: Tensor, weight: Tensor, beta: float) -> None:
@@ -108,6 +112,7 @@ class Codec(nn.Module):
 
     @torch.inference_mode(False)
     def materialise(self) -> None:
+        """Read the weights now, if they are still in a file."""
         if self._reader is not None:
             reader, self._reader = self._reader, None
             self.load_state_dict(dict(reader()), strict=True, assign=True)

@@ -56,6 +56,7 @@ class MLPVAE(Codec):
 
     @torch.no_grad()
     def adapt(self, singular_values: Tensor, weight: Tensor, beta: float) -> None:
+        """Set the gain to the scales [K] relative to the largest."""
         if self.gain is not None:
             self.gain.copy_(singular_values / singular_values.max())
 

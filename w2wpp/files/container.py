@@ -79,6 +79,7 @@ class Container:
 
     @property
     def path(self) -> Path:
+        """Where the file is, for messages."""
         return self.file.path
 
     def __enter__(self) -> Container:
@@ -108,6 +109,7 @@ class Container:
         return entry
 
     def read(self, name: str, *, finite: bool = True) -> Tensor:
+        """A whole tensor, copied out of the file. Raises FormatError for NaN and infinity if `finite`."""
         entry = self.entries[name]
         return self._read(name, entry.start, entry.shape, finite)
 

@@ -89,6 +89,7 @@ class Matrix:
 
     @property
     def path(self) -> Path:
+        """Where the file is, for messages."""
         return self.file.path
 
     def rows(self, columns: int) -> Iterator[tuple[slice, Tensor]]:

@@ -14,6 +14,8 @@ from ..rates import half_cosine
 
 @dataclass(frozen=True)
 class Adam:
+    """Settings of Adam. Betas, epsilon and bias correction as in the paper; the rate is annealed."""
+
     gradients: ClassVar[bool] = True
 
     lr: float = 0.1  # a step's length in each coordinate; latents have unit deviation
@@ -35,6 +37,8 @@ class Adam:
 
 
 class AdamRun:
+    """One run of Adam: x [B, D] and its two moments."""
+
     gradients, stage = True, "adam"
 
     @torch.inference_mode(False)

@@ -25,6 +25,7 @@ class Checkpoint:
     of: str
 
     def save(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+        """Write where a run stands, atomically."""
         config = {"of": self.of, "numbers": dict(numbers)}
         stored = {name: t.detach().cpu() for name, t in tensors.items()}
         write_container(self.path, stored, format=FORMAT, config=config)
@@ -46,6 +47,7 @@ class Checkpoint:
             return {n: file.read(n, finite=n != "loss") for n in file.entries}, numbers
 
     def remove(self) -> None:
+        """Delete the file of a run that is over."""
         self.path.unlink(missing_ok=True)
 
 

@@ -22,6 +22,8 @@ MODES = ("separable", "full")
 
 @dataclass(frozen=True)
 class Cma:
+    """Settings of CMA-ES; everything else is pycma's default."""
+
     gradients: ClassVar[bool] = False
 
     population: int = 8
@@ -46,6 +48,8 @@ class Cma:
 
 
 class CmaRun:
+    """One run of CMA-ES: a strategy of its own for each person."""
+
     gradients, stage = False, "cma"
 
     def __init__(self, settings: Cma, start: Tensor, seed: int) -> None:

@@ -39,6 +39,8 @@ class Multistart:
 
 
 class MultistartRun:
+    """One run: a step that screens the starts, then Adam."""
+
     def __init__(self, settings: Multistart, start: Tensor, steps: int, seed: int) -> None:
         self.settings, self.steps, self.start = settings, steps, start.detach().clone()
         self.candidates = self._candidates(torch.Generator().manual_seed(seed % 2**63))

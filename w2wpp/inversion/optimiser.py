@@ -33,7 +33,8 @@ class Run(Protocol):
     def state(self) -> dict[str, Tensor]:
         """What `restore` needs to go on from here in a new run."""
 
-    def restore(self, state: dict[str, Tensor]) -> None: ...
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Go on from what `state` gave in another run of the same settings."""
 
 
 class Optimiser(Protocol):

@@ -24,4 +24,5 @@ class Pivotal:
             )
 
     def optimiser(self) -> Adam:
+        """What moves the residual."""
         return Adam(lr=self.lr)

@@ -47,6 +47,7 @@ class Collection:
 
     @property
     def count(self) -> int:
+        """N."""
         return len(self.members)
 
     @cached_property
@@ -68,6 +69,7 @@ class Collection:
 
     @cached_property
     def family(self) -> str:
+        """The base model that the members' modules belong to, or that all of them name."""
         found = recognise(self.shapes)
         if found != UNKNOWN:
             return found
@@ -76,19 +78,23 @@ class Collection:
 
     @cached_property
     def ranks(self) -> Tensor:
+        """Rank of each module of each member [M, N]; 0 where a member lacks it."""
         return torch.tensor(
             [[self._rank(m, name) for m in self.members] for name in self.shapes], dtype=torch.int32
         )
 
     @cached_property
     def names(self) -> list[str]:
+        """The M modules, sorted."""
         return list(self.shapes)
 
     def factors(self, module: int) -> list[Factors | None]:
+        """A module of every member; None where a member lacks it."""
         name = self.names[module]
         return [self._read(m, name) for m in self.members]
 
     def stack(self, module: int) -> Stack | None:
+        """A module of all members side by side; None if none has it."""
         return stack(self.factors(module))
 
     def lost(self) -> tuple[float, float]:

@@ -34,6 +34,7 @@ class Factors:
 
     @property
     def rank(self) -> int:
+        """r, the number of columns of B."""
         return self.down.shape[0]
 
     def dense(self) -> Tensor:
@@ -60,6 +61,7 @@ class Stack:
 
     @property
     def rank(self) -> int:
+        """The sum of the members' ranks."""
         return len(self.owner)
 
     def weighted(self, weights: Tensor) -> Factors:

@@ -122,6 +122,7 @@ def dotted(underscored: str) -> str:
 
 
 def is_of_text_encoder(key: str) -> bool:
+    """Whether a module's name is one of a text encoder."""
     return bool(TEXT.match(key.removeprefix("base_model.model.")))
 
 

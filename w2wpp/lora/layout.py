@@ -70,6 +70,7 @@ class Layout:
 
     @property
     def scale(self) -> float:
+        """alpha / rank: what B @ A is multiplied by."""
         return self.alpha / self.rank
 
     def slices(self) -> Iterator[tuple[Module, slice, slice]]:
@@ -106,6 +107,7 @@ class Layout:
         }
 
     def to_json(self) -> dict[str, Any]:
+        """What `from_json` reads."""
         modules = [[m.name, m.in_features, m.out_features] for m in self.modules]
         return {
             "name": self.name,
@@ -117,6 +119,7 @@ class Layout:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Layout:
+        """A layout of a file's JSON. Raises FormatError for anything else."""
         with reading("A layout with name, base_model, rank, alpha and modules as [name, in, out]"):
             modules = tuple(Module(str(n), i, o) for n, i, o in data["modules"])
             name, base_model = str(data["name"]), str(data["base_model"])

@@ -70,11 +70,13 @@ class Member:
 
     @property
     def family(self) -> str:
+        """The base model that its modules belong to."""
         found = recognise({name: s.shape for name, s in self.modules.items()})
         return self.metadata.get("w2wpp.base_model", UNKNOWN) if found == UNKNOWN else found
 
     @property
     def largest_rank(self) -> int:
+        """The largest rank of its modules."""
         return max(s.rank for s in self.modules.values())
 
     def read(self, module: str) -> Factors | None:
@@ -221,9 +223,7 @@ def fitted(
     return member, found, rest
 
 
-def _fitted(
-    member: Member, shapes: Mapping[str, Shape]
-) -> tuple[dict[str, list[str]], list[str]]:
+def _fitted(member: Member, shapes: Mapping[str, Shape]) -> tuple[dict[str, list[str]], list[str]]:
     wanted = {join_key(name): name for name in shapes}
     found: dict[str, list[str]] = {}
     outside = []

@@ -24,6 +24,7 @@ def save_checkpoint(
     tensors: Mapping[str, Tensor],
     numbers: Mapping[str, Any],
 ) -> None:
+    """Write a run's tensors and numbers, atomically, with the digest of its settings and data."""
     write_container(path, tensors, format=FORMAT, config={"run": run, "numbers": dict(numbers)})
 
 

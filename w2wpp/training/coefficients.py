@@ -151,6 +151,7 @@ def save_coefficients(
 
 
 def load_coefficients(path: str | os.PathLike[str]) -> tuple[Coefficients, Basis]:
+    """What `save_coefficients` wrote. Raises FormatError for any other file."""
     file = open_container(path, FORMAT)
     with reading(f"{path}: the configuration of this basis"):
         layout = Layout.from_json(file.config["layout"])

@@ -94,6 +94,7 @@ class CollectionReport:
 
     @property
     def expectation(self) -> str:
+        """What to expect of the space, in words."""
         n = len(self.names)
         held, mean = _average(self.held_out), _average(self.mean_only)
         text = f"A LoRA that was left out is explained to {held:.0%} by the others, to {mean:.0%} by their mean alone."
@@ -109,6 +110,7 @@ class CollectionReport:
         return text
 
     def to_json(self) -> dict[str, Any]:
+        """The same as JSON, rounded for reading."""
         return {
             "family": self.family,
             "files": len(self.names),
@@ -207,6 +209,7 @@ def outliers(names: Sequence[str], cosine: Tensor, norms: Tensor) -> tuple[tuple
 
 
 def matrix_json(names: Sequence[str], cosine: Tensor) -> Mapping[str, Any]:
+    """A matrix of numbers as nested lists, rounded for reading."""
     return {
         "names": list(names),
         "cosines": [[round(v, 6) for v in row] for row in cosine.tolist()],

@@ -60,6 +60,7 @@ class Compute:
         return t.to(self.device, non_blocking=t.is_pinned() if t.device.type == "cpu" else False)
 
     def to_json(self) -> dict[str, Any]:
+        """The same as JSON, for reports."""
         name = self.device.type
         if name == "cuda":
             name = torch.cuda.get_device_name(self.device)

@@ -84,6 +84,7 @@ class VaeTraining:
         return min(large, rows)
 
     def to_json(self) -> dict[str, Any]:
+        """All settings, as space files keep them."""
         data = asdict(self)
         return {**data, "hidden": None if self.hidden is None else list(self.hidden)}
 

@@ -77,10 +77,12 @@ class VectorDataset:
 
     @property
     def training_rows(self) -> Tensor:
+        """Row numbers of people to learn from."""
         return torch.nonzero(~self.heldout).flatten()
 
     @property
     def heldout_rows(self) -> Tensor:
+        """Row numbers of people who only measure."""
         return torch.nonzero(self.heldout).flatten()
 
     def vectors(self, rows: Tensor | Sequence[int] | None = None) -> Tensor:

@@ -36,6 +36,7 @@ class Directions:
     own: Tensor  # [A], share of |beta_a|^2 that is the attribute's alone: 1 if nothing was shared
 
     def as_mapping(self) -> dict[str, Tensor]:
+        """{name: direction [d]}, as a space keeps them."""
         return dict(zip(self.names, self.vectors))
 
 

@@ -205,14 +205,17 @@ class Comparison:
 
     @property
     def pairs(self) -> tuple[tuple[str, str, float], ...]:
+        """Those most alike: (one, other, cosine)."""
         return nearest_pairs(self.names, self.cosines)
 
     @property
     def copies(self) -> tuple[tuple[str, str, float], ...]:
+        """Those that are another one, scaled: (copy, original, factor)."""
         return copies(self.names, self.cosines, self.norms)
 
     @property
     def outliers(self) -> tuple[tuple[str, str], ...]:
+        """Those unlike the rest: (name, reason)."""
         return outliers(self.names, self.cosines, self.norms)
 
     def __str__(self) -> str:

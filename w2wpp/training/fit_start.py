@@ -25,6 +25,8 @@ Pictures = Callable[[int, torch.Generator], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class StartTraining:
+    """Settings of a start network's training."""
+
     seed: int = 11
     steps: int = 1500
     batch: int = 128

@@ -41,6 +41,7 @@ class Convergence:
         )
 
     def to_json(self) -> dict[str, Any]:
+        """The same as JSON, rounded for reading."""
         return {
             "converged": self.converged,
             "iterations": self.iterations,
@@ -101,6 +102,7 @@ class BlockLanczos:
 
     @property
     def convergence(self) -> Convergence:
+        """How far the iteration has come."""
         lost, error = self._outlook()
         done = self.exhausted or (lost <= self.tolerance / 2 and error <= 10 * self.tolerance / 4)
         return Convergence(
@@ -132,6 +134,7 @@ class BlockLanczos:
         return values[:k], self.basis[:, :k]
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """(tensors, JSON) of everything that changes."""
         m = self.columns
         tensors = {"basis": self.basis[:, :m], "projected": self.projected[:m, :m]}
         if self.values is not None:
@@ -140,6 +143,7 @@ class BlockLanczos:
         return tensors, {name: getattr(self, name) for name in names}
 
     def load(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+        """Go on from what `state` gave."""
         m = int(numbers["columns"])
         self.basis[:, :m] = tensors["basis"]
         self.projected[:m, :m] = tensors["projected"]

@@ -29,7 +29,8 @@ class Descent(Protocol):
     """How steps are taken; what a training's own configuration must tell."""
 
     @property
-    def steps(self) -> int: ...
+    def steps(self) -> int:
+        """How many."""
 
     @property
     def learning_rate(self) -> float:
@@ -37,7 +38,8 @@ class Descent(Protocol):
         ...
 
     @property
-    def momentum(self) -> float: ...
+    def momentum(self) -> float:
+        """Share of the last step that the next one keeps."""
 
     @property
     def clip(self) -> float:

@@ -31,6 +31,7 @@ class Ranks:
 
     @property
     def is_writer(self) -> bool:
+        """Whether this process writes files and talks to the user."""
         return self.rank == 0
 
     def mine(self, things: S) -> S:
@@ -52,6 +53,7 @@ class Ranks:
         return t
 
     def wait(self) -> None:
+        """Until every rank has come this far."""
         if self.size > 1:
             dist.barrier()
 

@@ -65,6 +65,7 @@ def latent_report(posterior: Posterior) -> dict[str, Any]:
 
 
 def collapse_sentence(active: int, size: int) -> str:
+    """What it means that so many of the latent units carry anything."""
     if active == size:
         return f"No posterior collapse: all {size} latent units are active."
     if active == 0:

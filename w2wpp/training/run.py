@@ -159,6 +159,7 @@ class Run:
         return tensors, {"stage": self.stage, **{k: getattr(self, k) for k in names}, **best}
 
     def load(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+        """Go on from what `state` gave."""
         self.codec.load_state_dict(_under("weights.", tensors))
         slots: dict[int, dict[str, Tensor]] = {}
         for key, t in _under("optimiser.", tensors).items():

@@ -65,6 +65,7 @@ def train_spaces(
 
 
 def components_of(dataset: VectorDataset) -> int:
+    """How many components a data set of avatars gets: 256, or all that its training people allow."""
     return min(COMPONENTS, len(dataset.training_rows) - 1)
 
 

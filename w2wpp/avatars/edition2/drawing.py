@@ -54,10 +54,12 @@ def arc(x: Tensor, y: Tensor, width: Number, bend: Number, thickness: Number) ->
 
 
 def union(*distances: Tensor) -> Tensor:
+    """Distance to what lies in either shape: the smaller one."""
     return torch.stack(torch.broadcast_tensors(*distances)).amin(0)
 
 
 def intersection(*distances: Tensor) -> Tensor:
+    """Distance to what lies in both shapes: the larger one."""
     return torch.stack(torch.broadcast_tensors(*distances)).amax(0)
 
 

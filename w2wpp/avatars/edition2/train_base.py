@@ -108,7 +108,9 @@ def cached_latents(
 ) -> Tensor:
     """Latents [pictures, 4, h, w] of the training pictures, half precision; read from ``cache`` when it fits."""
     vae = load_vae(vae_path)
-    run = json.dumps({"seed": config.seed, "pictures": config.pictures, "vae": file_digest(vae_path)})
+    run = json.dumps(
+        {"seed": config.seed, "pictures": config.pictures, "vae": file_digest(vae_path)}
+    )
     if cache.exists():
         return files.load_checkpoint(cache, run)[0]["latents"]
     identity, scene = _people(config, torch.Generator().manual_seed(config.seed))
@@ -201,6 +203,7 @@ def _loss(
 
 
 def file_digest(path: Path) -> str:
+    """SHA-256 of a file, as hex digits."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 

@@ -36,6 +36,7 @@ class Faces:
     traits: Tensor
 
     def at(self, strength: float) -> Tensor:
+        """The faces after an edit of this strength, in standard deviations."""
         return self.traits[self.strengths.index(strength)]
 
     def slopes(self) -> Tensor:

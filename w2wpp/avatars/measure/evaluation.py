@@ -60,11 +60,13 @@ class Protocol:
     seed: int = 77
 
     def studio(self) -> Studio:
+        """The studio in which everyone is photographed."""
         return open_studio(
             self.base, self.embedder, pictures=self.pictures, seed=self.seed, guidance=self.guidance
         )
 
     def heldout(self, dataset: VectorDataset) -> Tensor:
+        """Row numbers of the held-out people that are scored."""
         rows = dataset.heldout_rows
         return rows[: self.people] if self.people else rows
 

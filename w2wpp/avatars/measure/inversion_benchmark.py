@@ -37,6 +37,8 @@ PAPER = {"draws": 1, "fresh": True, "stratified": False, "weighting": "eps"}
 
 @dataclass(frozen=True)
 class Row:
+    """One way from a picture to a LoRA: a row of the table."""
+
     label: str
     method: str  # the curve of the plot that it belongs to
     recipe: Recipe | None = None
@@ -96,6 +98,10 @@ class Material:
     people: int = 50
 
     def scored(self) -> Tensor:
+        """Row numbers of the held-out people that are scored, after those kept for tuning.
+
+        Raises DataError where there are too few.
+        """
         held = load_dataset(self.dataset).heldout_rows
         if len(held) < TUNING + self.people:
             raise DataError(
@@ -201,6 +207,7 @@ def editability(scores: Scores, own: Scores) -> Tensor:
 
 
 def summary(named: dict[str, Row], parts: dict[str, dict[int, Scores]]) -> dict[str, Any]:
+    """The result by row, with 95 % intervals over people, from the scores of groups of people."""
     joined = {n: _join([p[i] for i in sorted(p)]) for n, p in parts.items()}
     own = joined["own_lora"]
     table: dict[str, Any] = {}

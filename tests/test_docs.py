@@ -1,0 +1,88 @@
+"""What the library says of itself: every public definition has words, and pages can be made of them."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import w2wpp
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = sorted([*(ROOT / "w2wpp").rglob("*.py"), *(ROOT / "nodes" / "host").rglob("*.py")])
+Definition = ast.FunctionDef | ast.ClassDef
+
+
+def definitions(path: Path) -> Iterator[tuple[str, Definition]]:
+    """Public functions, classes and methods of a file by their names."""
+
+    def inside(body: list[ast.stmt], prefix: str) -> Iterator[tuple[str, Definition]]:
+        for node in body:
+            if isinstance(node, Definition) and not node.name.startswith("_"):
+                yield prefix + node.name, node
+                if isinstance(node, ast.ClassDef):
+                    yield from inside(node.body, f"{prefix}{node.name}.")
+
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    statements = [
+        s for node in tree.body for s in (node.body if isinstance(node, ast.Try) else [node])
+    ]
+    yield from inside(statements, "")
+
+
+def explained(folder: Path) -> set[str]:
+    """Methods that some class in a folder documents: others of the same name do what that one says."""
+    return {
+        name.split(".")[-1]
+        for path in folder.glob("*.py")
+        for name, node in definitions(path)
+        if "." in name and ast.get_docstring(node)
+    }
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_every_public_definition_has_words(path: Path) -> None:
+    assert path.name == "__init__.py" or ast.get_docstring(ast.parse(path.read_text("utf-8")))
+    shared = explained(path.parent)
+    silent = [
+        name
+        for name, node in definitions(path)
+        if not ast.get_docstring(node) and not ("." in name and node.name in shared)
+    ]
+    assert silent == []
+
+
+@pytest.fixture(scope="module")
+def api():
+    spec = importlib.util.spec_from_file_location("api", ROOT / "docs" / "api.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_pages_are_made_of_them(api, tmp_path: Path) -> None:
+    pytest.importorskip("pdoc")
+    names = ["w2wpp", "w2wpp.training", "w2wpp.imports", "w2wpp.inversion.objective"]
+    assert set(names) <= set(api.modules())
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "error", UserWarning
+        )  # of annotations and references that lead nowhere
+        api.build(tmp_path, names)
+    front = (tmp_path / "w2wpp.html").read_text(encoding="utf-8")
+    assert all(f'id="{name}"' in front for name in w2wpp.__all__)
+    assert "MISSING" not in w2wpp.__all__ and (tmp_path / "w2wpp" / "training.html").is_file()
+
+
+def test_the_page_list_has_every_public_module(api) -> None:
+    assert {
+        "w2wpp.space",
+        "w2wpp.training.fit_vae",
+        "w2wpp.imports.w2w",
+        "w2wpp.lora.layout",
+    } <= set(api.modules())
+    assert not [n for n in api.modules() if n.startswith(("w2wpp.cli", "w2wpp.avatars"))]
