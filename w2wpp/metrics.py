@@ -134,6 +134,7 @@ class ColumnSums:
         self.squares = torch.zeros_like(self.total)
 
     def add(self, x: Tensor) -> None:
+        """Count some rows x [n, p] in."""
         x = x - self.origin
         self.total += x.sum(0, dtype=torch.float64)
         self.squares += x.square_().sum(0, dtype=torch.float64)

@@ -38,9 +38,13 @@ PRECISIONS = {"single": torch.float32, "half": torch.float16}  # of vectors in f
 class Rows(Protocol):
     """Where vectors are read from: a file, or anything else that has rows called "vectors"."""
 
-    def read_rows(self, name: str, start: int, stop: int) -> Tensor: ...
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows start to stop: [stop - start, P]."""
+        ...
 
-    def read_columns(self, name: str, rows: Sequence[int], start: int, stop: int) -> Tensor: ...
+    def read_columns(self, name: str, rows: Sequence[int], start: int, stop: int) -> Tensor:
+        """Some columns of some rows: [rows, stop - start]."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)

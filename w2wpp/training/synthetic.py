@@ -57,6 +57,7 @@ class SyntheticRows:
 
     @property
     def r(self) -> int:
+        """Directions in which the vectors have structure, a quarter of P at most."""
         return max(1, min(self.directions, self.layout.size // 4))
 
     def _block(self, block: int) -> Tensor:
