@@ -72,6 +72,16 @@ def test_starts_where_it_is_told(space):
         session(space, PICTURES, replace(SHORT, start="nowhere"), faces=PICTURES)
 
 
+def test_without_a_picture_to_guess_from_the_way_is_long(space):
+    blind, seeing = (
+        session(space, PICTURES, "adam"),
+        session(space, PICTURES, "adam", faces=PICTURES),
+    )
+    assert blind.start is None and blind.recipe == recipe_for(replace(space, start=None), "adam")
+    assert seeing.start is not None and seeing.recipe == recipe_for(space, "adam")
+    assert blind.recipe.steps > seeing.recipe.steps
+
+
 def test_is_invert_with_the_recipes_numbers(space):
     made = session(space, PICTURES, SHORT, faces=PICTURES, seed=4, prior=0.3, steps=5)
     found = made.solve(denoise, SCHEDULE)

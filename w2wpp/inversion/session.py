@@ -92,7 +92,10 @@ def session(
     `faces` are the pictures in RGB, [n, 3, h, w] or [B, n, 3, h, w] in [-1, 1], for the space's start network; without
     them or without a network the start is the average person. `changes` are those of `Recipe.adjusted`.
     """
-    recipe = recipe_for(space, how, start) if isinstance(how, str) else how
+    recipe = how
+    if isinstance(recipe, str):
+        sees = faces is not None or start is not None  # else there is nothing to guess from
+        recipe = recipe_for(space if sees else space.with_(start=None), recipe, start)
     if start is None:
         start = start_from(space, faces, recipe.start)
     return Session(space, pictures, recipe.adjusted(**changes), start, mask, seed)
