@@ -14,6 +14,7 @@ from w2wpp import (
     transformer_layout,
 )
 from w2wpp.training.coefficients import Coefficients, components_among, project_dataset
+from w2wpp.training.compute import Compute
 from w2wpp.training.config import VaeTraining, original_training
 from w2wpp.training.dataset import VectorDataset
 from w2wpp.training.fit_basis import fit_basis
@@ -312,3 +313,44 @@ def test_collapse_sentences():
     assert collapse_sentence(8, 8).startswith("No posterior collapse")
     assert collapse_sentence(7, 8).startswith("Some latent units are unused: 7 of 8")
     assert collapse_sentence(3, 8).startswith("Partial posterior collapse: 3 of 8")
+
+
+def test_the_default_batch_grows_with_the_set():
+    sizes = {2: 2, 800: 128, 8192: 256, 20_000: 512, 64_974: 1024, 10**6: 2048}
+    sizes[8192 - 1] = 128
+    for rows, batch in sizes.items():
+        assert VaeTraining().batch_of(rows) == batch
+    assert VaeTraining(batch=0).batch_of(500) == 500
+    assert VaeTraining(batch=64).batch_of(10**6) == 64
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_precisions_agree_and_repeat(coefficients, basis, precision):
+    compute = Compute.pick("cpu", precision)
+    a, b = (fit_vae(coefficients, basis, SHORT, compute=compute) for _ in range(2))
+    assert a.fingerprint == b.fingerprint  # same seed and device, same bits
+    plain = fit_vae(coefficients, basis, SHORT)
+    assert (a.fingerprint == plain.fingerprint) == (precision == "fp32")
+    r2 = [s.training_report["weight_r2"]["training"] for s in (a, plain)]
+    assert r2[0] == pytest.approx(r2[1], abs=0.02)
+    assert a.training_report["computed"]["precision"] == precision
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_gpu_and_cpu_agree(coefficients, basis):
+    compute = Compute.pick("cuda", "fp32")
+    a, b = (fit_vae(coefficients, basis, SHORT, compute=compute) for _ in range(2))
+    assert a.fingerprint == b.fingerprint
+    cpu = fit_vae(coefficients, basis, SHORT)
+    r2 = [s.training_report["weight_r2"]["training"] for s in (a, cpu)]
+    assert r2[0] == pytest.approx(r2[1], abs=0.02)  # other noise, the same training
+
+
+def test_the_report_has_pca_of_the_same_size_beside(coefficients, basis):
+    report = fit_vae(coefficients, basis, SHORT).training_report
+    d = SHORT.latent
+    pca = linear_space(coefficients.truncated(d, basis.singular_values), basis.truncated(d))
+    expected = pca.training_report["weight_r2"]
+    assert set(report["weight_r2_of_pca"]) == set(expected)
+    for name, value in expected.items():
+        assert report["weight_r2_of_pca"][name] == pytest.approx(value, abs=5e-3)
