@@ -353,7 +353,7 @@ MEASURES: dict[str, tuple[Callable[[Path, int], list[Row]], int]] = {
     "gram": (measure_gram, 4000),
     "iteration": (measure_iteration, 3000),
     "growth": (measure_growth, 10_000),
-    "vae": (measure_vae, 16_000),
+    "vae": (measure_vae, 8000),
     "batch": (measure_batch, 20_000),
     "ranks": (measure_ranks, 10_000),
     "files": (measure_files, 128),
