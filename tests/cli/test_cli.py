@@ -241,7 +241,7 @@ def test_users_errors_are_one_line_and_exit_code_1(run, space_file, make_space):
         (("info", "short.safetensors"), "truncated"),
         (("sample", "id.safetensors", "--seed", 1, "-o", "x"), "expected 'w2wpp.space'"),
         (("sample", space_file, "--seed", -1, "-o", "x"), "between 0 and"),
-        (("sample", space_file, "--seed", 1, "-n", 0, "-o", "x"), "at least one"),
+        (("sample", space_file, "--seed", 1, "-n", 0, "-o", "x"), "whole numbers from 1"),
         (("export", "id.safetensors", "--space", "other.safetensors", "-o", "x"), "can't be used"),
         (("encode", space_file, "id.safetensors", "-o", "x"), "holds no LoRA"),
         (("dataset", ".", "--layout", "missing", "-o", "x"), "no such file"),
