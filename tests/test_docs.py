@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib.util
 import warnings
 from collections.abc import Iterator
@@ -17,7 +18,8 @@ SOURCES = sorted([*(ROOT / "w2wpp").rglob("*.py"), *(ROOT / "nodes" / "host").rg
 Definition = ast.FunctionDef | ast.ClassDef
 
 
-def definitions(path: Path) -> Iterator[tuple[str, Definition]]:
+@functools.cache
+def definitions(path: Path) -> list[tuple[str, Definition]]:
     """Public functions, classes and methods of a file by their names."""
 
     def inside(body: list[ast.stmt], prefix: str) -> Iterator[tuple[str, Definition]]:
@@ -31,9 +33,10 @@ def definitions(path: Path) -> Iterator[tuple[str, Definition]]:
     statements = [
         s for node in tree.body for s in (node.body if isinstance(node, ast.Try) else [node])
     ]
-    yield from inside(statements, "")
+    return list(inside(statements, ""))
 
 
+@functools.cache
 def explained(folder: Path) -> set[str]:
     """Methods that some class in a folder documents: others of the same name do what that one says."""
     return {
