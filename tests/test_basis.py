@@ -25,7 +25,7 @@ def test_project_inverts_lift(signed):
     )  # components are stored in half
 
 
-def test_formula_of_w2w_with_negative_deviations(signed):
+def test_formula_of_w2w_with_negative_stds(signed):
     """w = (coefficients @ V^T) * std + mean, whatever the sign of std."""
     c = torch.randn(4, 6)
     w = (c * signed.singular_values) @ signed.components.float() * signed.std + signed.mean
@@ -37,7 +37,7 @@ def test_formula_of_w2w_with_negative_deviations(signed):
     assert (signed.lift(c)[:, 7] == signed.mean[7]).all()
 
 
-def test_rounding_error_in_std_is_no_deviation():
+def test_rounding_error_in_std_is_no_std():
     std = torch.tensor([1.0, -1e-12, 2.0])
     assert Basis(torch.zeros(3), std, torch.eye(3)[:2], torch.ones(2)).std.tolist() == [
         1.0,

@@ -166,7 +166,7 @@ class Basis:
         return x * self.std + self.mean
 
     def standardise(self, difference: Tensor) -> Tensor:
-        """A difference of vectors [B, P] in units of each parameter's deviation."""
+        """A difference of vectors [B, P] in units of each parameter's std."""
         return difference * torch.where(self.std == 0, 0.0, 1.0 / self.std)
 
     def truncated(self, count: int) -> Basis:
@@ -330,5 +330,5 @@ def _frame(blocks: Iterator[Tensor], components: Tensor) -> Tensor:
 
 
 def without_tiny(std: Tensor) -> Tensor:
-    """Deviations [P] with those that are only rounding error set to exactly zero; signs stay."""
+    """Standard deviations [P] with those that are only rounding error set to exactly zero; signs stay."""
     return torch.where(std.abs() > 1e-8 * std.abs().max(), std, 0.0)

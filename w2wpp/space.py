@@ -34,7 +34,7 @@ class Space:
     """layout, basis and codec in a row. Latents leave it standardised: (codec latent - prior_mean)
     / prior_std.
 
-    So every latent dimension has mean 0 and unit deviation over the training set, whatever the
+    So every latent dimension has mean 0 and unit std over the training set, whatever the
     codec, and N(0, I) is the prior to sample from. A space with a flow sends standardised latents
     through it on the way out, and back on the way in: its latents are the flow's coordinates.
     """

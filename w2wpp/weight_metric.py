@@ -4,7 +4,7 @@ A metric is a quadratic form on differences of vectors. It is applied to standar
 x [B, P] (see `Basis.standardise`) through features: a linear map f with |f(x)|^2 = <x, x>. Features
 are as many numbers as parameters, in the same places, and may be followed by extra columns.
 
-parameter  every number in units of its deviation: weights2weights (Dravid et al. 2024)
+parameter  every number in units of its std: weights2weights (Dravid et al. 2024)
 raw        every number in one unit
 update     |dW|^2 of the update W = B A, linearised at the mean LoRA: what a difference does to the
            model's matrices. Scales and gauges of A and B mean nothing to it.
@@ -26,7 +26,7 @@ from .lora.layout import Layout, Module
 
 
 class Metric(Protocol):
-    """A metric before mean and deviations are known."""
+    """A metric before mean and stds are known."""
 
     @property
     def name(self) -> str:
@@ -85,7 +85,7 @@ class BoundMetric:
 
 @dataclass(frozen=True)
 class Plain:
-    """`parameter` and `raw`: the deviations [P] by which vectors are divided say all."""
+    """`parameter` and `raw`: the stds [P] by which vectors are divided say all."""
 
     name: str = "parameter"
 
@@ -112,7 +112,7 @@ class UpdateMetric:
     With P the projection on the columns of B0, dB A0 + B0 dA falls into two orthogonal parts,
     (1 - P) dB A0 and B0 (dA + B0^+ dB A0). So the features are (A0 A0^T)^(1/2) times the first and
     (B0^T B0)^(1/2) times the second, and no extra columns are needed for the coupling of A and B.
-    The whole is divided by its mean over the deviations, so that features have variance near one.
+    The whole is divided by its mean over the stds, so that features have variance near one.
     """
 
     layout: Layout
@@ -156,7 +156,7 @@ class _BoundUpdate(BoundMetric):
         ]
 
     def normalised(self) -> _BoundUpdate:
-        """Divided so that uncorrelated numbers of these deviations have <x, x> = P in the mean."""
+        """Divided so that uncorrelated numbers of these stds have <x, x> = P in the mean."""
         total = sum(p.trace for p in self.parts)
         if not total > 0:
             raise ConfigError(
@@ -201,7 +201,7 @@ class _UpdatePart:
     middle: int
     stop: int
     rank: int
-    unit_a: Tensor  # [r, i] deviations
+    unit_a: Tensor  # [r, i] stds
     unit_b: Tensor  # [o, r]
     root_a: Tensor  # [r, r] (A0 A0^T)^(1/2)
     root_b: Tensor  # [r, r] (B0^T B0)^(1/2)
@@ -212,7 +212,7 @@ class _UpdatePart:
 
     @classmethod
     def of(cls, module: Module, rank: int, start: int, mean: Tensor, std: Tensor) -> _UpdatePart:
-        """From the module's part of mean and deviations."""
+        """From the module's part of mean and stds."""
         middle = start + rank * module.in_features
         stop = middle + rank * module.out_features
         n = middle - start
@@ -223,7 +223,7 @@ class _UpdatePart:
         columns = u * keep
         inverse = (vt.T * torch.where(keep > 0, 1.0 / s.clamp_min(1e-300), 0.0)) @ u.T
         gram_a, gram_b = a0 @ a0.T, b0.T @ b0
-        # mean of |dB A0|^2 and |B0 dA|^2 when every number moves by its deviation, independently
+        # mean of |dB A0|^2 and |B0 dA|^2 when every number moves by its std, independently
         trace = (ub.square() @ gram_a.diagonal()).sum() + (gram_b.diagonal() @ ua.square()).sum()
         roots = (_root(gram_a), _root(gram_b))
         floats = [t.float() for t in (ua, ub, *roots, columns, inverse, a0)]

@@ -36,7 +36,7 @@ def test_sampled_people_look_like_themselves(studio):
     shots = studio.photograph(people.vectors(space), space.layout)
     itself, others = consistency(shots.embeddings).mean(), likeness_between(shots.embeddings).mean()
     assert itself > others + 0.2
-    assert shots.obedience().mean() > 0.8
+    assert shots.prompt_adherence().mean() > 0.8
 
 
 def test_heldout_people_survive_both_spaces(studio):
@@ -85,7 +85,7 @@ def test_the_gate_needs_no_more_than_a_data_set(studio):
         shipped.labels[rows],
         shipped.label_names,
     )
-    result = judge_world(studio, small, components=8, obedience_pictures=4)
+    result = judge_world(studio, small, components=8, adherence_pictures=4)
     json.dumps(result, allow_nan=False)
     assert result["heldout"] == 6 and result["own_lora"] > result["other_lora"]
     for row in result["rows"].values():

@@ -28,7 +28,7 @@ def official_vector(official, k):
 def test_the_space_says_what_the_official_formula_says(run, folder, official):
     code, result, _ = run("import-w2w", folder, "-o", "space.safetensors")
     assert code == 0 and (result["components"], result["parameters"]) == (K, 99_648)
-    assert result["negative_deviations"] == 2
+    assert result["negative_stds"] == 2
     space = load_space("space.safetensors")
     assert "non-commercial, academic" in space.licence and space.trigger_prompt == "sks person"
     k = official["proj_1000pc.pt"][:4]
@@ -38,7 +38,7 @@ def test_the_space_says_what_the_official_formula_says(run, folder, official):
     )
     assert code == 0 and (result["count"], result["energy_beyond_the_space"]) == (4, 0)
     identity, expected = load_identity("id.safetensors"), official_vector(official, k)
-    # V in half precision: 3e-4 of a deviation
+    # V in half precision: 3e-4 of a std
     torch.testing.assert_close(identity.vectors(space), expected, atol=2e-4, rtol=0)
     back = space.encode(expected).mean
     torch.testing.assert_close(back, identity.z, atol=5e-3, rtol=0)
@@ -128,9 +128,9 @@ def test_labels_give_directions(run, folder, official):
     code, result, _ = run("import-w2w", folder, "--labels", "labels.csv", "-o", "s.safetensors")
     assert code == 0 and result["directions"] == ["Age", "Smile"]
     space = load_space("s.safetensors")
-    deviation = labels.std(0)
+    std = labels.std(0)
     age = space.directions["Age"]
-    assert float(age[0] + 0.1 * age[3]) == pytest.approx(float(deviation[0]), rel=0.1)
+    assert float(age[0] + 0.1 * age[3]) == pytest.approx(float(std[0]), rel=0.1)
     assert abs(float(0.7 * age[0] + 0.7 * age[1])) < 0.1
     naive = w2w_directions(open_w2w(folder), "labels.csv", against=[]).vectors[0]
     assert abs(float(0.7 * naive[0] + 0.7 * naive[1])) > 0.4

@@ -28,7 +28,7 @@ def people(count=4000):
     return z, labels, reading
 
 
-def test_one_step_is_one_deviation_of_the_attribute_and_nothing_of_the_others():
+def test_one_step_is_one_std_of_the_attribute_and_nothing_of_the_others():
     z, labels, reading = people()
     found = fit_directions(z, labels, NAMES)
     effect = found.vectors @ reading.T / labels.std(0)  # [direction, attribute]

@@ -85,7 +85,7 @@ def test_impossible_sizes_are_refused(layout):
 
 
 def test_score_on_coefficients_is_the_score_on_vectors(layout):
-    """With one common deviation, standardised and raw R2 are the same number."""
+    """With one common std, standardised and raw R2 are the same number."""
     data = wide_or_tall(layout, 80)
     basis = fit_basis(data, 20, standardise="global")
     c = project_dataset(data, basis)

@@ -85,7 +85,7 @@ def test_skip_is_never_worse_than_pca_of_its_size(coefficients, basis):
     assert report["weight_r2"]["heldout"] == pytest.approx(expected, abs=1e-4)
 
 
-def test_latents_leave_with_unit_deviation(coefficients, basis, dataset):
+def test_latents_leave_with_unit_std(coefficients, basis, dataset):
     space = fit_vae(coefficients, basis, SHORT)
     posterior = space.encode(dataset.vectors(dataset.training_rows))
     mean, std = prior_of(posterior)

@@ -199,7 +199,7 @@ def _identity_info(path: str) -> dict[str, Any]:
         "latent_size": identity.z.shape[1],
         "residual": identity.residual is not None,
         "space_fingerprint": identity.space_fingerprint,
-        "deviation": [round(v, 3) for v in lengths.tolist()],  # 1 for a typical sample
+        "std": [round(v, 3) for v in lengths.tolist()],  # 1 for a typical sample
         "provenance": dict(identity.provenance),
     }
 

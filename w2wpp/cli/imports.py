@@ -59,7 +59,7 @@ def import_w2w(args: argparse.Namespace) -> dict[str, Any]:
         "parameters": layout.size,
         "components": source.components,
         "prior": source.prior,
-        "negative_deviations": facts["negative_deviations"],
+        "negative_stds": facts["negative_stds"],
         "directions": list(found.names) if found else [],
         "licence": facts["licence"],
         "trigger_prompt": facts["trigger_prompt"],

@@ -56,7 +56,7 @@ HELP = {  # options of `train` that set a field of VaeTraining of the same name
     "lr": "learning rate",
     "weight_decay": "on matrices",
     "dropout": "in the residual networks of vae-skip",
-    "input_noise": "deviation of noise on the coefficients",
+    "input_noise": "std of noise on the coefficients",
     "beta": "final weight of the KL term",
     "warmup": "epochs of KL annealing",
     "free_bits": "nats per latent unit without cost",
@@ -109,7 +109,7 @@ def register(verbs: Any) -> None:
     p.add_argument(
         "--metric",
         choices=(*METRICS, FUNCTIONAL),
-        help="what counts: parameter (each number by its deviation, as in w2w), raw numbers, the update of "
+        help="what counts: parameter (each number by its std, as in w2w), raw numbers, the update of "
         "the model's matrices (the default), or functional: what the model paints, by its --sketch",
     )
     p.add_argument("--sketch", metavar="FILE", help="of the model, for --metric functional")

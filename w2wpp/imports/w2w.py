@@ -54,7 +54,7 @@ class W2WFolder:
 
     @property
     def scale(self) -> Tensor:
-        """[K], deviation of the coefficients: the singular values."""
+        """[K], std of the coefficients: the singular values."""
         return self._spread[1]
 
     @property
@@ -126,7 +126,7 @@ def provenance(source: W2WFolder, name: str) -> dict[str, Any]:
         "base_model": "Stable Diffusion 1.5 (trained on Realistic Vision 5.1)",
         "made_by": "w2wpp import-w2w",
         "prior": source.prior,
-        "negative_deviations": int((source.std < 0).sum()),
+        "negative_stds": int((source.std < 0).sum()),
     }
     if source.coefficients is not None:
         facts["training_report"] = {
@@ -146,7 +146,7 @@ def whitened(raw: Tensor, scale: Tensor) -> tuple[Tensor, float]:
 
 
 def moments(matrix: Matrix, columns: int) -> tuple[Tensor, Tensor]:
-    """Mean and deviation [columns] over all rows, in double precision and one pass about the first row."""
+    """Mean and std [columns] over all rows, in double precision and one pass about the first row."""
     sums = ColumnSums(matrix.part(slice(0, 1), slice(0, columns)).double()[0])
     for _, values in matrix.rows(columns):
         sums.add(values)
@@ -160,7 +160,7 @@ def _lengths(rows: Tensor) -> Tensor:
 
 
 def _prior(matrix: Matrix | None, k: int, p: int) -> tuple[Tensor, Tensor, str]:
-    """Mean and deviation [K] of the coefficients of real identities, and a sentence on their origin."""
+    """Mean and std [K] of the coefficients of real identities, and a sentence on their origin."""
     if matrix is None:
         # Standardised parameters have variance P together.
         law = 1.0 / torch.arange(1, k + 1, dtype=torch.float64)
@@ -177,7 +177,7 @@ def _prior(matrix: Matrix | None, k: int, p: int) -> tuple[Tensor, Tensor, str]:
             f"{matrix.path}: some component is the same for all {matrix.shape[0]} identities. Get the "
             "file again."
         )
-    text = f"mean and deviation of the coefficients of {matrix.shape[0]} real identities"
+    text = f"mean and std of the coefficients of {matrix.shape[0]} real identities"
     if known < k:
         beyond = torch.arange(known + 1, k + 1, dtype=torch.float64)
         scale = torch.cat([scale, scale[-1] * (known / beyond).sqrt()])

@@ -18,7 +18,7 @@ class Adam:
 
     gradients: ClassVar[bool] = True
 
-    lr: float = 0.1  # a step's length in each coordinate; latents have unit deviation
+    lr: float = 0.1  # a step's length in each coordinate; latents have unit std
     betas: tuple[float, float] = (0.9, 0.99)
     anneal: bool = True  # let the rate fall to zero over the run
 

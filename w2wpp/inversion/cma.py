@@ -28,7 +28,7 @@ class Cma:
 
     population: int = 8
     mode: str = "separable"
-    sigma: float = 0.3  # first step size; latents have unit deviation
+    sigma: float = 0.3  # first step size; latents have unit std
 
     def __post_init__(self) -> None:
         check_finite("CMA-ES", sigma=self.sigma)
@@ -40,7 +40,7 @@ class Cma:
             )
 
     def with_rate(self, rate: float) -> Cma:
-        """The deviation of the first population."""
+        """The std of the first population."""
         return replace(self, sigma=rate)
 
     def begin(self, start: Tensor, *, steps: int, seed: int) -> CmaRun:

@@ -30,7 +30,7 @@ class VaeTraining:
     batch: int | None = None  # rows per step, 0 for all of them; None: see `batch_of`
     lr: float = 2e-3  # of AdamW
     weight_decay: float = 1e-2  # on matrices, not on biases
-    input_noise: float = 0.0  # deviation of noise on the coefficients that the encoder reads
+    input_noise: float = 0.0  # std of noise on the coefficients that the encoder reads
     reconstruction: str = "explained"  # or "mse"
     kl: str = "linear"  # annealing: off, linear, cyclical, sigmoid or original
     beta: float = 1e-3  # final weight of the KL term

@@ -2,7 +2,7 @@
 
 A linear reading beta_a [d] predicts each standardised attribute from the latents (weights2weights
 finds its edits so as well). A step of beta_a / |beta_a|^2 raises the reading of a by one standard
-deviation: that is the naive direction. It also moves every other attribute whose reading shares
+std: that is the naive direction. It also moves every other attribute whose reading shares
 something with beta_a. The de-biased direction is the shortest step that raises the reading of a by
 one and leaves those of the others: D = B (B^T B)^-1 for B [d, A] of all readings involved.
 """
@@ -180,7 +180,7 @@ def _readings(
         raise DataError(f"Directions need labelled people, at least three. Got {n}.")
     covariance = sums.scatter / n
     std = covariance.diagonal()[d:].sqrt()
-    constant = [name for name, deviation in zip(names, std.tolist()) if not deviation > 1e-9]
+    constant = [name for name, s in zip(names, std.tolist()) if not s > 1e-9]
     if constant:
         raise DataError(f"Everybody has the same '{constant[0]}'; leave that column out.")
     zz, zy = covariance[:d, :d], covariance[:d, d:] / std

@@ -2,7 +2,7 @@
 
 Few rows: the Gram matrix of the features of all rows, block of columns by block of columns; the
 data are read twice. Few parameters: their covariance; read twice. Both large: block Lanczos, one
-reading an iteration beside one for mean and deviations and one for the coefficients. Vectors are
+reading an iteration beside one for mean and stds and one for the coefficients. Vectors are
 single precision; what is summed over them is added up in double.
 """
 
@@ -192,7 +192,7 @@ def _metric(dataset: VectorDataset, metric: str | Metric | None, standardise: st
     return named_metric(metric, dataset.layout) if isinstance(metric, str) else metric
 
 
-def _deviations(job: _Job, std: Tensor) -> Tensor:
+def _stds(job: _Job, std: Tensor) -> Tensor:
     """[P] by which vectors are divided."""
     if isinstance(job.metric, Plain) and job.metric.name == "raw":
         std = torch.full_like(std, float(std.square().mean().sqrt()))
@@ -206,7 +206,7 @@ def _by_gram(job: _Job, saved: Saved) -> FittedBasis:
     """From the inner products of the features of all rows; a component is X^T u / |X^T u|."""
     sums = _gram_sums(job, saved)
     mean, raw = sums["mean"], sums["std"]
-    std = _deviations(job, raw)
+    std = _stds(job, raw)
     bound = job.metric.at(mean, std)
     unit = float(std.abs().max()) if _is_raw(job) else 1.0  # the sums were made without it
     scale = (bound.factor / unit) ** 2
@@ -323,7 +323,7 @@ def _column_blocks(job: _Job, rows: int) -> list[tuple[int, int]]:
 
 
 def _column_moments(w: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and deviation [p] of columns w [n, p], in double precision and two passes over what is held."""
+    """Mean and std [p] of columns w [n, p], in double precision and two passes over what is held."""
     mean = w.sum(0, dtype=torch.float64) / len(w)
     rest = w - mean.float()
     off = rest.sum(0, dtype=torch.float64) / len(w)  # what rounding the mean left
@@ -332,7 +332,7 @@ def _column_moments(w: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _resolved(squares: Tensor, mean: Tensor, n: int) -> Tensor:
-    """Deviations [p] from sums of squares about the mean; zero where single precision can't tell."""
+    """Standard deviations [p] from sums of squares about the mean; zero where single precision can't tell."""
     std = (squares / (n - 1)).clamp_min(0).sqrt()
     return torch.where(std > 2e-7 * mean.abs(), std, 0.0)
 
@@ -366,7 +366,7 @@ def _by_covariance(job: _Job, saved: Saved) -> FittedBasis:
     """From the second moments of all columns, turned to features afterwards: one reading, and one for
     the coefficients."""
     mean, covariance = _second_moments(job, saved)
-    std = _deviations(job, _resolved(covariance.diagonal() * (job.n - 1), mean, job.n).cpu())
+    std = _stds(job, _resolved(covariance.diagonal() * (job.n - 1), mean, job.n).cpu())
     bound = job.metric.at(mean.cpu(), std).to(job.compute.device)
     inverse = _inverse(std.to(covariance))
     c = covariance.mul_(inverse).mul_(inverse[:, None])
@@ -423,7 +423,7 @@ def _by_iteration(job: _Job, saved: Saved) -> FittedBasis:
         mean, raw = saved.tensors["mean"], saved.tensors["std"]
     else:
         mean, raw = _moments(job)
-    std = _deviations(job, raw)
+    std = _stds(job, raw)
     device, k = job.compute.device, job.k
     bound = job.metric.at(mean, std).to(device)
     rows = _Rows(job, mean.float().to(device), _inverse(std).float().to(device))
@@ -477,7 +477,7 @@ def _iterate(job: _Job, lanczos: BlockLanczos, saved: Saved, moments: dict[str, 
 
 
 def _whitened(job: _Job, basis: Basis, c: Coefficients) -> tuple[Basis, Coefficients]:
-    """Singular values as what they mean: the deviation of each coefficient over the training rows."""
+    """Singular values as what they mean: the std of each coefficient over the training rows."""
     factor = c.values[~c.heldout].double().square().sum(0).div(job.n - 1).sqrt().float()
     exact = Basis(
         basis.mean,
@@ -532,7 +532,7 @@ class _Rows:
 
 
 def _moments(job: _Job) -> tuple[Tensor, Tensor]:
-    """Mean and deviation [P], sums about the first chunk's mean in double precision; one reading."""
+    """Mean and std [P], sums about the first chunk's mean in double precision; one reading."""
     sums = ColumnSums(_origin(job))
     for w in job.chunks(job.data.training_rows):
         sums.add(job.compute.put(w))

@@ -31,7 +31,7 @@ class StartTraining:
     steps: int = 1500
     batch: int = 128
     learning_rate: float = 2e-3  # peak; linear warm-up, cosine to zero
-    noise: float = 0.04  # largest deviation of the white noise added to a picture
+    noise: float = 0.04  # largest std of the white noise added to a picture
     penalty: float = 0.05  # of the ridge regression, in mean eigenvalues of its Gram matrix
     size: int = 32
     width: int = 32
@@ -72,8 +72,8 @@ def train_reader(
         rate = warm_cosine(step, config.steps, warmup=min(100, 1 + config.steps // 10))
         optimiser.param_groups[0]["lr"] = config.learning_rate * rate
         seen, wanted = pictures(config.batch, generator)
-        deviation = config.noise * torch.rand(len(seen), 1, 1, 1, generator=generator)
-        seen = seen + deviation * torch.randn(seen.shape, generator=generator)
+        std = config.noise * torch.rand(len(seen), 1, 1, 1, generator=generator)
+        seen = seen + std * torch.randn(seen.shape, generator=generator)
         with torch.autocast(seen.device.type, torch.bfloat16):
             read = network(seen)
         loss = F.mse_loss(read.float(), wanted)
@@ -147,7 +147,7 @@ def start_from_reader(
 ) -> StartNetwork:
     """A reader of labels and a map from labels to latents make one network; both are linear where they meet.
 
-    Labels are in deviations, so that the weights are what a latent moves by when a person differs by one.
+    Labels are in stds, so that the weights are what a latent moves by when a person differs by one.
     """
     weights = answer.weights  # [L, d]
     network = build_start({**reader.config, "latent_size": weights.shape[1], "rank": len(weights)})

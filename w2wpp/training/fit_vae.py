@@ -90,9 +90,9 @@ def linear_space(
 
 
 def prior_of(posterior: Posterior) -> tuple[Tensor, Tensor]:
-    """Mean and deviation [d] of the aggregate posterior over the training rows.
+    """Mean and std [d] of the aggregate posterior over the training rows.
 
-    Its variance is that of the means plus the mean variance, so a collapsed unit keeps deviation 1
+    Its variance is that of the means plus the mean variance, so a collapsed unit keeps std 1
     instead of blowing up, and N(0, I) in standardised latents is where the decoder was trained.
     """
     variance = posterior.mean.double().var(0) + posterior.logvar.double().exp().mean(0)

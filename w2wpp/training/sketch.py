@@ -116,7 +116,7 @@ def functional_metric(
 
 
 def _moments(dataset: VectorDataset) -> tuple[Tensor, Tensor]:
-    """Mean and deviation [P] of the training rows, in single precision."""
+    """Mean and std [P] of the training rows, in single precision."""
     total = torch.zeros(dataset.layout.size, dtype=torch.float64)
     squares, count = total.clone(), len(dataset.training_rows)
     for _, w in dataset.chunks(dataset.training_rows):

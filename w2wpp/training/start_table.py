@@ -94,10 +94,10 @@ def fit_start_table(
             f"{table_path} shows {len(with_lora)} of the people who may be learned from; a start network needs more, "
             "hundreds if possible."
         )
-    middle, deviation = labels[seen].mean(0), labels[seen].std(0)
-    if not bool((deviation > 1e-9).all()):
+    middle, std = labels[seen].mean(0), labels[seen].std(0)
+    if not bool((std > 1e-9).all()):
         raise DataError(f"{table_path}: a label is the same for everybody; leave it out.")
-    labels, of_row = (labels - middle) / deviation, (of_row - middle) / deviation
+    labels, of_row = (labels - middle) / std, (of_row - middle) / std
     bank = _bank(table.pictures, config.size)
     shown = None if paintings is None else _bank(paintings.pictures, config.size)
     pictures = picture_bank(bank[seen], labels[seen])

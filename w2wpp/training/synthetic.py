@@ -2,7 +2,7 @@
 
 It has what makes such data hard or easy to learn from, all of it planted and known: a spectrum that
 falls like 1 / k, clusters of people, directions that follow others along a curve, several rows a
-person, parameters of very different deviation, and a floor of noise without structure. It is no
+person, parameters of very different std, and a floor of noise without structure. It is no
 substitute for LoRAs: nothing in it was trained on a picture, and it says so wherever it goes.
 """
 

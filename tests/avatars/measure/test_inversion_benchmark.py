@@ -5,6 +5,7 @@ import torch
 
 pytest.importorskip("diffusers", reason="the miniature world needs diffusers")
 
+from w2wpp.avatars.measure import evaluation
 from w2wpp.avatars.measure import inversion_benchmark as benchmark
 from w2wpp.avatars.places import MODELS
 from w2wpp.errors import ConfigError, DataError
@@ -12,15 +13,15 @@ from w2wpp.errors import ConfigError, DataError
 PEOPLE = 4
 
 
-def scores(id_score, obedience, pose):
-    values = {"id_score": id_score, "obedience": obedience, "pose": pose}
+def scores(id_score, prompt_adherence, pose):
+    values = {"id_score": id_score, "prompt_adherence": prompt_adherence, "pose": pose}
     each = {name: torch.full((PEOPLE,), value) for name, value in values.items()}
     return {**each, "evaluations": 8, "seconds": 0.5, "residual_norm": 0.0}
 
 
 OWN = {
     **scores(0.6, 0.9, 0.6),
-    "obedience_nobody": torch.full((PEOPLE,), 0.9),
+    "prompt_adherence_nobody": torch.full((PEOPLE,), 0.9),
     "pose_nobody": torch.full((PEOPLE,), 0.8),
 }
 
@@ -72,3 +73,20 @@ def test_no_one_is_scored_on_whom_recipes_were_chosen():
 def test_an_unknown_row_is_refused_before_anything_runs():
     with pytest.raises(ConfigError, match="No row 'magic'"):
         benchmark.run_benchmark(material(50), only=["magic"])
+
+
+def test_results_of_earlier_releases_are_read():
+    """Their rows and columns had other names."""
+    result = summary(
+        own_lora=OWN, original_cma=scores(0.2, 0.9, 0.7), multistart=scores(0.5, 0.9, 0.7)
+    )
+    older = {"original_cma": "seed_cma", "multistart": "hybrid"}
+    before = {"rows": {older.get(name, name): row for name, row in result["rows"].items()}}
+    again = benchmark.merged(before, {"rows": {}})
+    assert list(again["rows"]) == list(benchmark.merged(result, {"rows": {}})["rows"])
+    assert again["rows"]["multistart"] == result["rows"]["multistart"]
+    assert "| NFE |" in benchmark.table(again)
+    rows = {"own LoRA": {"token_obedience": {"mean": 0.5, "low": 0.4, "high": 0.6}}}
+    today = {"own LoRA": {"prompt_adherence": rows["own LoRA"]["token_obedience"]}}
+    assert evaluation.table(rows) == evaluation.table(today)
+    assert "prompt adherence" in evaluation.table(today).splitlines()[0]

@@ -40,7 +40,7 @@ def train_spaces(
     folder.mkdir(parents=True, exist_ok=True)
     basis = fit_basis(dataset, components_of(dataset), metric="parameter")
     coefficients = project_dataset(dataset, basis)
-    # One range for all parameters, as in the seed: its weights stay below 0.1, and it reads w * 10.
+    # One range for all parameters, as in the original: its weights stay below 0.1, and it reads w * 10.
     largest = max(float(w.abs().max()) for _, w in dataset.chunks(dataset.training_rows))
     raw = AffineBasis(dataset.layout.size, scale=1 / largest)
 
@@ -54,7 +54,7 @@ def train_spaces(
 
     written = []
     sizes = {**PCA_SIZES, **{name: settings.latent for name, settings in VAES.items()}}
-    for name in (*(n for n, size in sizes.items() if size <= basis.n_components), "seed"):
+    for name in (*(n for n, size in sizes.items() if size <= basis.n_components), "original"):
         path = folder / f"{name}.safetensors"
         if not path.exists():
             space = fit(name)

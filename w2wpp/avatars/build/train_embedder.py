@@ -26,7 +26,7 @@ class EmbedderTraining:
     batch: int = 128
     learning_rate: float = 2e-3  # peak; linear warm-up, cosine to zero
     blur: float = 0.15  # share of pictures softened by a 3x3 mean: painted faces are softer than rendered ones
-    noise: float = 0.04  # largest deviation of the white noise added to a picture
+    noise: float = 0.04  # largest std of the white noise added to a picture
 
 
 def train_embedder(
@@ -101,5 +101,5 @@ def _soften(batch: Tensor, config: EmbedderTraining, generator: torch.Generator)
     soft = F.avg_pool2d(F.pad(batch, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
     share = torch.rand(len(batch), 1, 1, 1, generator=generator)
     blurred = torch.where(share < config.blur, soft, batch)
-    deviation = config.noise * torch.rand(len(batch), 1, 1, 1, generator=generator)
-    return blurred + deviation * torch.randn(batch.shape, generator=generator)
+    std = config.noise * torch.rand(len(batch), 1, 1, 1, generator=generator)
+    return blurred + std * torch.randn(batch.shape, generator=generator)

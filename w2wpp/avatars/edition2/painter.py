@@ -42,7 +42,7 @@ class Painter:
 
     @torch.no_grad()
     def latents(self, words: Tensor, noise: Tensor, vectors: Tensor | None = None) -> Tensor:
-        """As ``paint``, without the last step: latents [B, 4, h, w] of unit deviation."""
+        """As ``paint``, without the last step: latents [B, 4, h, w] of unit std."""
         return torch.cat(
             [
                 self._sample(words[rows], noise[rows], some)

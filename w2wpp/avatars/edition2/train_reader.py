@@ -37,7 +37,7 @@ class ReaderTraining:
     moved: float = 0.6  # share of pictures whose frame is moved, turned and scaled
     nobody: float = 0.08  # share of places without a person
     blur: float = 0.3  # share of pictures softened: painted faces are softer than rendered ones
-    noise: float = 0.04  # largest deviation of the white noise added to a picture
+    noise: float = 0.04  # largest std of the white noise added to a picture
     gain: float = 0.4  # largest change of exposure
 
 
@@ -206,5 +206,5 @@ def _expose(batch: Tensor, config: ReaderTraining, generator: torch.Generator) -
     batch = torch.where(chance() < config.blur, torch.lerp(batch, soft, chance()), batch)
     gain = 1 + config.gain * (2 * chance() - 1) * (chance() < 0.5)
     batch = ((batch + 1) * gain - 1).clamp(-1, 1)
-    deviation = config.noise * chance()
-    return batch + deviation * torch.randn(batch.shape, generator=generator)
+    std = config.noise * chance()
+    return batch + std * torch.randn(batch.shape, generator=generator)

@@ -125,7 +125,7 @@ def psnr(squared_error: float) -> float:
 
 @torch.no_grad()
 def measure_vae(vae: AvatarVae, *, pictures: int = 500, seed: int = 10_004) -> dict[str, float]:
-    """PSNR on fresh people (mean over pictures, and the worst twentieth), and the latents' deviation."""
+    """PSNR on fresh people (mean over pictures, and the worst twentieth), and the latents' std."""
     bytes_, scene = rendered(pictures, torch.Generator().manual_seed(seed))
     seen = bytes_.float() / 127
     latents = torch.cat([vae.encode(part) for part in seen.split(50)])
@@ -157,7 +157,7 @@ def _loss(
 
 @torch.no_grad()
 def _normalise(vae: AvatarVae, pictures: Tensor) -> None:
-    """Set shift and scale so that latents of avatars have mean zero and unit deviation per channel."""
+    """Set shift and scale so that latents of avatars have mean zero and unit std per channel."""
     raw = torch.cat([vae.posterior(part.float() / 127)[0] for part in pictures.split(50)])
     vae.shift.copy_(raw.mean((0, 2, 3)))
     vae.scale.copy_(raw.std((0, 2, 3)))

@@ -2,7 +2,7 @@
 
 As in Stable Diffusion an eighth per side and four channels, so a picture of 128x128 becomes 4x16x16 numbers. Pixels are
 folded 4x4 into channels first: everything runs at a quarter of the resolution or below, which keeps it small and quick.
-Latents are centred and scaled per channel, so that over avatars they have mean zero and unit deviation.
+Latents are centred and scaled per channel, so that over avatars they have mean zero and unit std.
 """
 
 from __future__ import annotations
@@ -69,12 +69,12 @@ class AvatarVae(nn.Module):
         return self.decoder(raw)
 
     def encode(self, pictures: Tensor) -> Tensor:
-        """Pictures [B, 3, 8h, 8w] in [-1, 1] -> latents [B, 4, h, w] of unit deviation: the posterior's mean."""
+        """Pictures [B, 3, 8h, 8w] in [-1, 1] -> latents [B, 4, h, w] of unit std: the posterior's mean."""
         mean, _ = self.posterior(pictures)
         return (mean - self.shift[:, None, None]) / self.scale[:, None, None]
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents [B, 4, h, w] of unit deviation -> pictures [B, 3, 8h, 8w] in [-1, 1]."""
+        """Latents [B, 4, h, w] of unit std -> pictures [B, 3, 8h, 8w] in [-1, 1]."""
         raw = latents * self.scale[:, None, None] + self.shift[:, None, None]
         return self.decode_raw(raw).clamp(-1, 1)
 

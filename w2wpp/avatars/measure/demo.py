@@ -90,7 +90,7 @@ def make_demo(
         "consistency": consistency(shots.embeddings).mean().item(),
         "likeness_to_others": likeness_between(shots.embeddings).mean().item(),
         "inversion": found,
-        "token_obedience": shots.obedience().mean().item(),
+        "prompt_adherence": shots.prompt_adherence().mean().item(),
     }
 
 

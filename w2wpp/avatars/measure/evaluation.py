@@ -165,7 +165,7 @@ def _faces_row(shots: Shots, identity: Tensor) -> Row:
     photographs = sample_nuisance(2_000, generator=torch.Generator().manual_seed(0)).pose
     return {
         "id_score": _json(id_scores(shots.embeddings, identity)),
-        "token_obedience": _json(shots.obedience()),
+        "prompt_adherence": _json(shots.prompt_adherence()),
         "pose_diversity": _json(pose_diversity(shots.pose, photographs)),
     }
 
@@ -208,17 +208,18 @@ def _row_name(path: Path) -> str:
 
 
 COLUMNS = {
-    "latent": "d", "weight_r2": "weight R2", "id_score": "ID score", "token_obedience": "obedience",
+    "latent": "d", "weight_r2": "weight R2", "id_score": "ID score", "prompt_adherence": "prompt adherence",
     "pose_diversity": "pose", "consistency": "consistency", "diversity": "diversity", "frechet": "Frechet",
     "nearest_training": "nearest", "path_roughness": "roughness", "midpoint_quality": "midpoint",
 }  # fmt: skip
+OLDER_KEYS = {"prompt_adherence": "token_obedience"}  # in results of earlier releases
 
 
 def table(rows: dict[str, Row]) -> str:
     """The rows as a Markdown table; +- is half of a 95 % confidence interval over identities."""
     lines = ["| | " + " | ".join(COLUMNS.values()) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
     for name, row in rows.items():
-        lines.append(f"| {name} | " + " | ".join(_cell(row.get(key)) for key in COLUMNS) + " |")
+        lines.append(f"| {name} | " + " | ".join(_cell(row.get(key, row.get(OLDER_KEYS.get(key)))) for key in COLUMNS) + " |")
     return "\n".join(lines)
 
 

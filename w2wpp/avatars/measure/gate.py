@@ -21,14 +21,14 @@ PENALTIES = (1e-4, 1e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0)
 
 
 def judge_world(
-    studio: Studio, dataset: VectorDataset, *, components: int, obedience_pictures: int = 100
+    studio: Studio, dataset: VectorDataset, *, components: int, adherence_pictures: int = 100
 ) -> dict[str, Any]:
     """Measure a LoRA set over its held-out people: figures, with intervals and details under ``rows``."""
     layout, held = dataset.layout, dataset.heldout_rows
     assert dataset.labels is not None
     identity, vectors = dataset.labels[held], dataset.vectors(held)
     own = studio.photograph(vectors, layout)
-    none = studio.photograph_nobody(obedience_pictures)
+    none = studio.photograph_nobody(adherence_pictures)
 
     basis = fit_basis(dataset, components, metric="parameter")
     reconstruction = basis.lift(basis.project(vectors))
@@ -51,17 +51,17 @@ def judge_world(
         "sample_consistency_ratio": ratio_estimate(
             consistency(imagined.embeddings), consistency(own.embeddings), paired=False
         ),
-        "base_obedience": estimate(none.obedience()),
-        "lora_obedience": estimate(own.obedience()),
-        "token_obedience": ratio_estimate(own.obedience(), none.obedience(), paired=False),
+        "base_prompt_adherence": estimate(none.prompt_adherence()),
+        "lora_prompt_adherence": estimate(own.prompt_adherence()),
+        "prompt_adherence_share": ratio_estimate(own.prompt_adherence(), none.prompt_adherence(), paired=False),
         **{
-            f"base_obedience_{slot}": estimate(none.obeyed[:, :, i].float().mean(1))
+            f"base_prompt_adherence_{slot}": estimate(none.obeyed[:, :, i].float().mean(1))
             for i, slot in enumerate(("background", "smile", "light"))
         },
     }  # fmt: skip
     headline = (
         "own_lora", "other_lora", "no_lora", "pca_reconstruction_ratio", "identity_from_weights_cosine",
-        "sample_consistency_ratio", "token_obedience",
+        "sample_consistency_ratio", "prompt_adherence_share",
     )  # fmt: skip
     return {
         "identities": len(dataset),
@@ -100,12 +100,12 @@ GOALS = {
     "own_lora": ("ID score of a person's own LoRA", "at least 0.70"),
     "other_lora": ("ID score of another's LoRA", "below 0.10"),
     "no_lora": ("ID score without a LoRA", "below 0.05"),
-    "base_obedience": ("words obeyed by the base (background, smile, light)", "at least 0.95"),
-    "base_obedience_background": ("of these, the background", ""),
-    "base_obedience_smile": ("of these, the smile", ""),
-    "base_obedience_light": ("of these, the light", ""),
-    "lora_obedience": ("words obeyed with a LoRA", ""),
-    "token_obedience": ("that, as a share of the base's", "at least 0.90"),
+    "base_prompt_adherence": ("prompt adherence of the base (background, smile, light)", "at least 0.95"),
+    "base_prompt_adherence_background": ("of these, the background", ""),
+    "base_prompt_adherence_smile": ("of these, the smile", ""),
+    "base_prompt_adherence_light": ("of these, the light", ""),
+    "lora_prompt_adherence": ("prompt adherence with a LoRA", ""),
+    "prompt_adherence_share": ("that, as a share of the base's", "at least 0.90"),
     "pca_reconstruction": ("ID score of held-out people rebuilt by PCA", ""),
     "pca_reconstruction_ratio": ("that, as a share of their own LoRAs'", "at least 0.80"),
     "identity_from_weights_cosine": ("identity read from held-out weights, cosine", "at least 0.70"),

@@ -71,9 +71,9 @@ def invert_pictures(
 
 
 def weight_space(layout: Layout, mean: Tensor, std: Tensor) -> Space:
-    """No space at all, as a space: every weight its own coordinate, in deviations [P] from the mean LoRA [P]."""
+    """No space at all, as a space: every weight its own coordinate, in stds [P] from the mean LoRA [P]."""
     sizes = {"coefficient_size": layout.size, "latent_size": layout.size}
     codec = build_codec({"name": "pca", **sizes})
-    # A weight that never varied may not move; its neighbours' smallest deviation does no harm either.
+    # A weight that never varied may not move; its neighbours' smallest std does no harm either.
     std = std.clamp_min(1e-3 * float(std.mean()))
     return Space(layout, AffineBasis(layout.size), codec, mean, std, {"name": "weights"})

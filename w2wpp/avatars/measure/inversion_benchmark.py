@@ -54,12 +54,12 @@ def rows() -> dict[str, Row]:
         "w2wpp": Row("VAE, amortised start, Adam (default)", "VAE", best, "avatars"),
         "start": Row("VAE, amortised start alone", "VAE", replace(best, steps=0), "avatars"),
         "pca_adam": Row("PCA 128, Adam as in w2w", "PCA", paper, "avatars-pca"),
-        "seed_adam": Row("seed VAE, Adam", "seed VAE", paper, "seed"),
-        "seed_cma": Row(
-            "seed VAE, CMA-ES 10 x 50, fresh noise",
-            "seed VAE",
+        "original_adam": Row("original VAE, Adam", "original VAE", paper, "original"),
+        "original_cma": Row(
+            "original VAE, CMA-ES 10 x 50, fresh noise",
+            "original VAE",
             Recipe(Cma(population=10, mode="full", sigma=0.5), 50, PAPER, None, "mean", "last"),
-            "seed",
+            "original",
         ),
         "weights_free": Row(
             "weights, no space, Adam",
@@ -69,7 +69,7 @@ def rows() -> dict[str, Row]:
         "single_dreambooth": Row("DreamBooth on the one picture", "weights"),
         "cma": Row("VAE, amortised start, CMA-ES", "VAE, CMA-ES", FROM_GUESS["cma"], "avatars"),
         "multistart": Row(
-            "VAE, screened starts, Adam", "VAE, hybrid", FROM_GUESS["multistart"], "avatars"
+            "VAE, screened starts, Adam", "VAE, multistart", FROM_GUESS["multistart"], "avatars"
         ),
         "pivotal": Row(
             "VAE, amortised start, Adam, pivotal",
@@ -185,7 +185,7 @@ def score(row: Row, name: str, material: Material, people: Tensor) -> Scores:
     reference = sample_nuisance(2_000, generator=torch.Generator().manual_seed(0)).pose
     scores = {
         "id_score": id_scores(shots.embeddings, identity),
-        "obedience": shots.obedience(),
+        "prompt_adherence": shots.prompt_adherence(),
         "pose": pose_diversity(shots.pose, reference),
         "evaluations": evaluations,
         "seconds": seconds,
@@ -193,15 +193,15 @@ def score(row: Row, name: str, material: Material, people: Tensor) -> Scores:
     }
     if name == "own_lora":  # what all are compared with
         nobody = studio.photograph_nobody(len(people))
-        scores["obedience_nobody"] = nobody.obedience()
+        scores["prompt_adherence_nobody"] = nobody.prompt_adherence()
         scores["pose_nobody"] = pose_diversity(nobody.pose, reference)
     return scores
 
 
 def editability(scores: Scores, own: Scores) -> Tensor:
-    """[N] in 0..1: mean of words obeyed and of pose diversity, each relative to pictures of the same scenes that the
+    """[N] in 0..1: mean of prompt adherence and of pose diversity, each relative to pictures of the same scenes that the
     base paints without any LoRA, and at most 1."""
-    obeyed = scores["obedience"] / own["obedience_nobody"].mean()
+    obeyed = scores["prompt_adherence"] / own["prompt_adherence_nobody"].mean()
     posed = scores["pose"] / own["pose_nobody"].mean()
     return (obeyed.clamp(max=1) + posed.clamp(max=1)) / 2
 
@@ -219,7 +219,7 @@ def summary(named: dict[str, Row], parts: dict[str, dict[int, Scores]]) -> dict[
             "method": named[name].method,
             "id_score": estimate(scores["id_score"]).to_json(),
             "editability": estimate(edit).to_json(),
-            "obedience": estimate(scores["obedience"]).to_json(),
+            "prompt_adherence": estimate(scores["prompt_adherence"]).to_json(),
             "pose_diversity": estimate(scores["pose"]).to_json(),
             "id_times_edit": estimate(scores["id_score"] * edit).to_json(),
             "evaluations": scores["evaluations"],
@@ -239,9 +239,18 @@ def summary(named: dict[str, Row], parts: dict[str, dict[int, Scores]]) -> dict[
     return {**top, "people": people, "tuning_people": TUNING, "rows": table}
 
 
+# What results of earlier releases call the same rows.
+OLDER_ROWS = {
+    "hybrid": "multistart",
+    "seed_adam": "original_adam",
+    "seed_cma": "original_cma",
+}
+
+
 def merged(before: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
     """A result with the rows of an earlier one that it did not score again."""
-    both = {**before.get("rows", {}), **result["rows"]}
+    rows_before = {OLDER_ROWS.get(n, n): row for n, row in before.get("rows", {}).items()}
+    both = {**rows_before, **result["rows"]}
     return {**before, **result, "rows": {name: both[name] for name in rows() if name in both}}
 
 
@@ -252,7 +261,7 @@ def table(result: dict[str, Any]) -> str:
         return f"{value['mean']:.3f} +- {(value['high'] - value['low']) / 2:.3f}"
 
     lines = [
-        "| | ID score | of own LoRA | editability | ID x edit | evaluations | seconds |",
+        "| | ID score | of own LoRA | editability | ID x edit | NFE | seconds |",
         "|---" * 7 + "|",
     ]
     own = result["rows"].get("own_lora", {}).get("id_score", {}).get("mean", math.nan)
@@ -292,7 +301,7 @@ def one_picture_dreambooth(
 
 
 def _statistics(material: Material) -> tuple[Tensor, Tensor]:
-    """Mean and deviation [P] of the training people's weights, as a basis of theirs keeps them."""
+    """Mean and std [P] of the training people's weights, as a basis of theirs keeps them."""
     basis = load_space(material.spaces["avatars-pca"]).basis
     return basis.mean, basis.std.abs()  # type: ignore[union-attr]
 

@@ -35,7 +35,7 @@ class Shots:
         """One unit identity vector per identity, over all its pictures: [N, 20]."""
         return F.normalize(self.traits.mean(1), dim=-1)
 
-    def obedience(self) -> Tensor:
+    def prompt_adherence(self) -> Tensor:
         """Share of obeyed words of each identity [N]."""
         return self.obeyed.float().mean((1, 2))
 
