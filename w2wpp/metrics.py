@@ -103,7 +103,7 @@ def path_roughness(path: Tensor) -> Tensor:
 
 
 def pose_diversity(pose: Tensor, reference: Tensor) -> Tensor:
-    """Standard deviation of the pose over the pictures of one identity [N, M, 4], over that of photographs [n, 4] -> [N]."""
+    """Std of the pose over the pictures of one identity [N, M, 4], over that of photographs [n, 4] -> [N]."""
     return (pose.std(1) / reference.std(0)).mean(-1)
 
 
