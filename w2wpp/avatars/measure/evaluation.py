@@ -219,7 +219,8 @@ def table(rows: dict[str, Row]) -> str:
     """The rows as a Markdown table; +- is half of a 95 % confidence interval over identities."""
     lines = ["| | " + " | ".join(COLUMNS.values()) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
     for name, row in rows.items():
-        lines.append(f"| {name} | " + " | ".join(_cell(row.get(key, row.get(OLDER_KEYS.get(key)))) for key in COLUMNS) + " |")
+        values = (row.get(key, row.get(OLDER_KEYS.get(key, ""))) for key in COLUMNS)
+        lines.append(f"| {name} | " + " | ".join(map(_cell, values)) + " |")
     return "\n".join(lines)
 
 

@@ -199,8 +199,8 @@ def score(row: Row, name: str, material: Material, people: Tensor) -> Scores:
 
 
 def editability(scores: Scores, own: Scores) -> Tensor:
-    """[N] in 0..1: mean of prompt adherence and of pose diversity, each relative to pictures of the same scenes that the
-    base paints without any LoRA, and at most 1."""
+    """[N] in 0..1: mean of prompt adherence and of pose diversity, each relative to pictures of the same scenes that
+    the base paints without any LoRA, and at most 1."""
     obeyed = scores["prompt_adherence"] / own["prompt_adherence_nobody"].mean()
     posed = scores["pose"] / own["pose_nobody"].mean()
     return (obeyed.clamp(max=1) + posed.clamp(max=1)) / 2
