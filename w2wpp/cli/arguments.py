@@ -24,6 +24,7 @@ LEAST = {  # of options that take no zero; the others have a meaning for it, or 
     "size": 8,
     "width": 8,
 }
+FILES = ("labels", "checkpoint", "space", "layout", "data", "painted", "mask")
 INTO_FOLDERS = ("demo", "avatars")
 
 
@@ -41,6 +42,9 @@ def check_arguments(args: argparse.Namespace) -> None:
                 raise ConfigError(
                     f"{option} takes whole numbers from {least} to {most}. Got {value}."
                 )
+    for name in FILES:
+        if getattr(args, name, None) == "":  # such as of a variable of the shell that is not set
+            raise ConfigError(f"--{name} is empty, expected the name of a file.")
     output = getattr(args, "output", None)
     folder = args.verb in INTO_FOLDERS or getattr(args, "format", "") == "peft"
     if output is not None and not folder:

@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -32,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_arguments(args)
         result = args.run(args)
     except (W2WError, OSError) as e:
-        print(f"w2wpp: {e}", file=sys.stderr)
+        print(f"w2wpp: {_readable(e)}", file=sys.stderr)
         return 1
     except ModuleNotFoundError as e:
         if e.name is None or e.name.split(".")[0] not in EXTRAS:
@@ -50,6 +51,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if result:
         _print(json.dumps(result, allow_nan=False) if args.json else _text(result))
     return 0
+
+
+def _readable(error: Exception) -> str:
+    """One line that a terminal can show, whatever names and contents of files it quotes."""
+    line = " ".join(str(error).split())
+    short = re.sub(r"\S{300,}", lambda m: f"{m[0][:80]}...{m[0][-40:]}", line)
+    return short.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _print(text: str) -> None:
