@@ -17,7 +17,7 @@ COMPONENTS, LATENT = 12, 5
 
 def pytest_addoption(parser):
     """How long the tests of damaged files and killed writers take; more for a release."""
-    parser.addoption("--mutants", type=int, default=3000, help="damaged files to read")
+    parser.addoption("--mutants", type=int, default=2000, help="damaged files to read")
     parser.addoption("--kills", type=int, default=60, help="writers to kill")
 
 

@@ -15,6 +15,10 @@ class FormatError(W2WError):
     """A file is not what it claims to be: truncated, another format, a future version, NaN."""
 
 
+class MissingFileError(FormatError, FileNotFoundError):
+    """There is nothing at a path, or a link that leads nowhere."""
+
+
 class LayoutMismatch(W2WError):
     """LoRA weights do not fit a layout: modules are missing, unknown or of another shape."""
 

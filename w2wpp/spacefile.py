@@ -28,7 +28,7 @@ from .basis import WEIGHTED, AffineBasis, Basis
 from .bundle import shipped_folder
 from .codecs import Codec, build_codec
 from .delta_basis import DeltaBasis
-from .errors import ConfigError, FormatError, SpaceMismatch, reading
+from .errors import ConfigError, FormatError, MissingFileError, SpaceMismatch, reading
 from .files.container import Container, Streamed, open_container, write_container
 from .flow import Flow
 from .lora.layout import Layout
@@ -73,14 +73,18 @@ def load_space(path: str | os.PathLike[str], *, device: torch.device | str | Non
     """Open a space; costs its header and the few numbers of its prior, until something is computed.
 
     With a device, its tensors are there, as after `Space.to`. Raises FormatError for a file that is no space of a
-    version that this release knows, and FileNotFoundError, with the names of what ships, where there is none.
+    version that this release knows, and MissingFileError (also a FileNotFoundError), with the names of what ships,
+    where there is none.
     """
-    if not Path(path).exists():
+    try:
+        space = _open_space(path)
+    except MissingFileError as e:
+        if os.path.islink(path):
+            raise
         names = ", ".join(sorted(p.name for p in shipped_folder("models").glob("*.safetensors")))
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"There is no file {path}. The files that ship are in {shipped_folder('models')}: {names or 'none'}."
-        )
-    space = _open_space(path)
+        ) from e
     return space if device is None else space.to(device)
 
 

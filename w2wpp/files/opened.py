@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..errors import FormatError
+from ..errors import FormatError, MissingFileError
 from .kinds import kind_of_mode
 
 KEEPS_OPEN = hasattr(os, "pread")
@@ -181,7 +181,7 @@ def _said_for(path: Path) -> Iterator[None]:
         raise
     except FileNotFoundError as e:
         where = " It is a link to a place where nothing is." if os.path.islink(path) else ""
-        raise FormatError(f"{path}: no such file.{where}") from e
+        raise MissingFileError(f"{path}: no such file.{where}") from e
     except (OSError, ValueError) as e:  # ValueError: a name with NUL, or with half a character
         if isinstance(e, PermissionError) and os.path.isdir(path):  # Windows opens no folders
             raise FormatError(f"{path} is a folder, expected a file.") from e
