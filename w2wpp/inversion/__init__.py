@@ -4,13 +4,14 @@ from ..diffusion.denoise import Denoise
 from ..diffusion.schedule import NoiseSchedule
 from .adam import Adam
 from .cma import Cma
-from .driver import Callback, Progress, Solution, StopInversion, invert
+from .driver import invert
 from .multistart import Multistart
 from .objective import Draw, Objective
 from .optimiser import Optimiser, Run
 from .pivotal import Pivotal
 from .recipes import FROM_AVERAGE, FROM_GUESS, METHODS, OLDER_NAMES, Recipe, recipe_for
 from .session import Session, session, start_from
+from .solution import Callback, Progress, Solution, StopInversion
 
 __all__ = [
     "FROM_AVERAGE",

@@ -14,9 +14,10 @@ from ..diffusion.schedule import NoiseSchedule
 from ..errors import ConfigError
 from ..identity import Identity
 from ..space import Space
-from .driver import Callback, Solution, invert
+from .driver import invert
 from .objective import Objective
 from .recipes import Recipe, recipe_for
+from .solution import Callback, Solution
 
 
 @dataclass(frozen=True, eq=False)

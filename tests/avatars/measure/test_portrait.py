@@ -49,6 +49,29 @@ def test_a_mask_decides_what_counts(run, tmp_path):
     assert not torch.equal(load_identity("a.safetensors").z, load_identity("b.safetensors").z)
 
 
+def test_an_interrupted_inversion_goes_on_from_its_checkpoint(run, monkeypatch, tmp_path):
+    def until_the_fourth(log):
+        def callback(progress):
+            if progress.step == 4:
+                raise KeyboardInterrupt
+
+        return callback
+
+    _, whole, _ = run("invert", SPACE, PORTRAIT, "-o", "whole.safetensors")
+    again = ("invert", SPACE, PORTRAIT, "--checkpoint", "run.safetensors", "-o", "id.safetensors")
+    with monkeypatch.context() as patch:
+        patch.setattr("w2wpp.avatars.measure.portrait.say", until_the_fourth)
+        assert run(*again)[0] == 130
+    assert not (tmp_path / "id.safetensors").exists() and (tmp_path / "run.safetensors").exists()
+    code, _, err = run(*again, "--seed", 1)
+    assert code == 1 and "other pictures, or with other settings" in err
+    code, result, err = run(*again)
+    assert code == 0 and "step 4/" not in err and "step 5/" in err
+    assert result["loss"] == whole["loss"] and not (tmp_path / "run.safetensors").exists()
+    found, expected = (load_identity(n).z for n in ("id.safetensors", "whole.safetensors"))
+    assert torch.equal(found, expected)
+
+
 def test_what_is_no_avatar_is_refused(run, tmp_path):
     Image.new("RGB", (64, 48)).save(tmp_path / "large.png")
     (tmp_path / "text.png").write_text("no picture")
