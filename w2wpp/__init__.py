@@ -53,8 +53,9 @@ try:
         StopInversion,
         invert,
     )
-    from .lora.files import LoraFile, kohya_tensors, load_lora, lora_of_tensors, save_lora
+    from .lora.files import LoraFile, load_lora, lora_of_tensors
     from .lora.layout import SD15, Layout, Module, transformer_layout
+    from .lora.write import kohya_tensors, save_lora
     from .space import Space
     from .spacefile import load_space, save_space
     from .training.coefficients import Coefficients, project_dataset

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .delta_basis import DeltaBasis, Products
-from .errors import DataError, LayoutMismatch
+from .errors import DataError, FormatError, LayoutMismatch
 from .identity import Identity
 from .lora.delta import Factors, square_norm
 from .lora.families import Shape
@@ -104,10 +104,7 @@ def encode_update(
     z = space.latent_of(space.codec.encode(c).mean)
     decoded = space.codec.decode(space.codec_latent(z))
     rest_c = c - decoded if residual else None
-    how: dict[str, Any] = {"made_by": "encode"}
-    if isinstance(lora, (str, os.PathLike)):
-        how["files"] = [Path(lora).name]
-    identity = Identity(z, space.fingerprint, rest_c, how)
+    identity = Identity(z, space.fingerprint, rest_c, {"made_by": "encode"})
     reached = decoded if rest_c is None else decoded + rest_c
     missing = tuple(n for n in names if n not in found)
     return identity, _report(basis, products, reached, member, rest, missing)
@@ -131,6 +128,12 @@ def layout_shapes(layout: Layout) -> dict[str, Shape]:
 
 def _member_of_file(file: LoraFile) -> Member:
     tensors: dict[str, Tensor] = {}
+    other = next((n for n, u in file.updates.items() if not u.is_plain), None)
+    if other is not None:
+        raise FormatError(
+            f"{file.name}: {other} is of the kind {file.updates[other].kind_name}, which is more than "
+            "a product of two matrices. Convert it to a plain LoRA first, or leave it out."
+        )
     for name, (a, b) in file.lora.items():
         tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = a, b
         tensors[f"{name}.alpha"] = torch.tensor(float(file.alphas[name]), dtype=torch.float64)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 
-from .identity import Identity
-from .lora.files import save_lora
+from .identity import Identity, without_names
+from .lora.write import save_lora
 from .space import Space
 
 
@@ -34,7 +34,7 @@ def lora_metadata(space: Space, identity: Identity, strength: float = 1.0) -> di
     facts = {
         "w2wpp.space": f"{space.name} {space.version}".strip(),
         "w2wpp.space_fingerprint": space.fingerprint,
-        "w2wpp.provenance": json.dumps(dict(identity.provenance), sort_keys=True),
+        "w2wpp.provenance": json.dumps(without_names(identity.provenance), sort_keys=True),
         "w2wpp.licence": space.licence,
         "w2wpp.base_model": space.base_model,
         "w2wpp.trigger_prompt": space.trigger_prompt,

@@ -167,7 +167,7 @@ def save_identity(identity: Identity, path: str | os.PathLike[str], *, new: bool
         tensors["residual"] = identity.residual.float()
     config = {
         "space_fingerprint": identity.space_fingerprint,
-        "provenance": dict(identity.provenance),
+        "provenance": without_names(identity.provenance),
     }
     write_container(path, tensors, format=FORMAT, config=config, new=new)
 
@@ -270,3 +270,14 @@ def _stack_residuals(identities: Sequence[Identity]) -> Tensor | None:
     return torch.cat(
         [i.z.new_zeros(len(i), width) if i.residual is None else i.residual for i in identities]
     )
+
+
+def without_names(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """The same without names of LoRA files, which may be people's: older files list them, parents too."""
+    facts = dict(provenance)
+    if isinstance(facts.get("files"), (list, tuple)):
+        facts["files"] = len(facts["files"])
+    if isinstance(facts.get("parents"), (list, tuple)):
+        parents = facts["parents"]
+        facts["parents"] = [without_names(p) if isinstance(p, Mapping) else p for p in parents]
+    return facts

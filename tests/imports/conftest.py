@@ -31,6 +31,14 @@ def dimensions(spelling):
                 f"lora_unet_{m.name.replace('.', '_')}.lora_down.weight",
                 f"lora_unet_{m.name.replace('.', '_')}.lora_up.weight",
             ),
+            "slashes": (
+                f"unet/{m.name.replace('.', '/')}/lora/down",
+                f"unet/{m.name.replace('.', '/')}/lora/up",
+            ),
+            "run together": (
+                f"lora_unet_{m.name}_lora_down.weight",
+                f"lora_unet_{m.name}_lora_up.weight",
+            ),
             "own": (f"{len(table)}", f"{len(table) + 1}"),
         }[spelling]
         table[down], table[up] = a, b

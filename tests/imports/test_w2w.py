@@ -82,7 +82,7 @@ def test_components_can_be_cut_and_coefficients_may_be_fewer(run, folder, offici
     assert code == 0 and 0 < result["energy_beyond_the_space"] < 0.1
 
 
-@pytest.mark.parametrize("spelling", ["peft", "adapter", "kohya", "own"])
+@pytest.mark.parametrize("spelling", ["peft", "adapter", "kohya", "slashes", "run together"])
 def test_any_spelling_of_the_dimensions(folder, spelling):
     torch.save(dimensions(spelling), folder / "weight_dimensions.pt")
     assert open_w2w(folder).order is None
@@ -99,6 +99,67 @@ def test_fewer_components_need_no_second_opening(folder):
     for k in (0, source.v.shape[1] + 1):
         with pytest.raises(ConfigError, match="name a number from 1 to"):
             source.first(k)
+
+
+def test_names_that_say_nothing_are_refused(run, folder):
+    """Sizes alone do not tell to_q from to_v."""
+    table = dimensions("own")
+    torch.save(table, folder / "weight_dimensions.pt")
+    code, _, err = run("import-w2w", folder, "-o", "space.safetensors")
+    assert code == 1 and "do not say which weight each is" in err and "remove" in err
+    (folder / "weight_dimensions.pt").unlink()
+    assert open_w2w(folder).order is None
+
+
+def test_odd_spellings_in_another_order_are_not_taken_by_their_sizes(folder, official):
+    """to_q and to_v swapped, in a spelling of nobody's."""
+    table = dimensions("slashes")
+    keys = [k.replace("to_q", "?").replace("to_v", "to_q").replace("?", "to_v") for k in table]
+    swapped = {key: table[key] for key in keys}
+    torch.save(swapped, folder / "weight_dimensions.pt")
+    order = open_w2w(folder).order
+    assert order is not None
+    places = dict(zip(table, _starts(table)))
+    for key, place in zip(swapped, _starts(swapped)):
+        assert int(order[places[key]]) == place
+
+
+def _starts(table):
+    """Where each weight of a table begins."""
+    return torch.tensor([0, *(shape[0] for shape, _ in table.values())]).cumsum(0).tolist()[:-1]
+
+
+def test_coefficients_may_be_flat_and_weights_raw(run, folder, official):
+    run("import-w2w", folder, "-o", "space.safetensors")
+    space = load_space("space.safetensors")
+    k = official["proj_1000pc.pt"][:1]
+    torch.save(k[0], "flat.pt")
+    torch.save(official_vector(official, k), "raw.pt")
+    found = {}
+    for name, kind in (("flat", "coefficients"), ("raw", "raw weights")):
+        arguments = ("import-identity", f"{name}.pt", "--space", "space.safetensors", "-o", name)
+        code, result, _ = run(*arguments)
+        assert code == 0 and result["numbers"] == kind
+        found[name] = load_identity(name).z
+    torch.testing.assert_close(found["flat"], found["raw"], atol=5e-3, rtol=0)
+    torch.testing.assert_close(found["raw"], space.encode(official_vector(official, k)).mean)
+    torch.save(torch.ones(1, 99_000), "odd.pt")
+    code, _, err = run("import-identity", "odd.pt", "--space", "space.safetensors", "-o", "x")
+    assert code == 1 and "99,000 numbers per identity" in err
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float8_e4m3fn])
+def test_any_storage(folder, official, dtype):
+    for name in ("mean.pt", "std.pt", "V.pt", "proj_1000pc.pt"):
+        value = official[name]
+        if dtype == torch.float8_e4m3fn and name == "V.pt":
+            continue  # columns of such numbers are no longer of unit length
+        torch.save(value.to(dtype), folder / name)
+    source = open_w2w(folder)
+    torch.testing.assert_close(source.mean, official["mean.pt"].to(dtype).float())
+    torch.testing.assert_close(
+        torch.cat(list(source.chunks())), official["V.pt"].T.half(), atol=1e-3, rtol=0
+    )
 
 
 def test_another_order_is_undone(folder, official):
@@ -208,6 +269,7 @@ BAD = {
         lambda f: torch.save(torch.full((99_648,), torch.nan), f / "mean.pt"),
         "NaN or infinite",
     ),
+    "std": (lambda f: torch.save(torch.zeros(99_648), f / "std.pt"), "zero everywhere"),
     "nan in V": (lambda f: spoil(f / "V.pt", float("nan")), "NaN or infinite"),
     "lengths": (lambda f: spoil(f / "V.pt", 3.0), "no orthonormal basis"),
     "shape": (lambda f: torch.save(torch.ones(99_648), f / "V.pt"), "in 2 dimensions"),
@@ -241,11 +303,11 @@ def test_bad_settings_and_identities(run, folder, tmp_path):
     ]
     run("import-w2w", folder, "-o", "space.safetensors")
     torch.save({"z": torch.ones(2)}, "dict.pt")
-    torch.save(torch.ones(6), "flat.pt")
-    for name in ("dict.pt", "flat.pt", "missing.pt"):
+    torch.save(torch.ones(1, 1, 6), "deep.pt")
+    for name in ("dict.pt", "deep.pt", "missing.pt"):
         message = {
             "dict.pt": "holds a dict",
-            "flat.pt": "2 dimensions",
+            "deep.pt": "2 dimensions",
             "missing.pt": "no such file",
         }
         arguments = ("import-identity", name, "--space", "space.safetensors", "-o", "x")

@@ -13,7 +13,7 @@ from w2wpp import (
     load_lora,
     save_lora,
 )
-from w2wpp.lora.files import dotted_name
+from w2wpp.lora.names import dotted_name
 
 BLOCK = "down_blocks.1.attentions.0.transformer_blocks.0"
 Q, OUT = f"{BLOCK}.attn1.to_q", f"{BLOCK}.attn2.to_out.0"
@@ -148,16 +148,35 @@ def test_other_scales_go_into_b(tmp_path, layout, w):
     assert torch.allclose(layout.scale * got_b @ got_a, 1.0 / layout.rank * b @ a, atol=1e-6)
 
 
-def test_tensors_of_other_kinds_are_listed(tmp_path):
+def test_what_is_no_update_of_the_unet_is_listed(tmp_path):
     a, b = pair()
     extra = {
         "lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": a.clone(),
-        "lora_unet_conv_in.lora_down.weight": torch.randn(1, 4, 3, 3),
-        f"{Q}.dora_scale": a[0].clone(),
+        "diffusion_model.input_blocks.1.0.in_layers.2.diff_b": a[0].clone(),
+        "somebody's own": a[0].clone(),
     }
     tensors = {f"unet.{Q}.lora_A.weight": a, f"unet.{Q}.lora_B.weight": b, **extra}
     file = load_lora(save(tmp_path, tensors))
-    assert set(file.unread) == set(extra) and file.lora.keys() == {Q}
+    assert set(file.unread) == set(extra) and file.updates.keys() == {Q}
+
+
+def test_what_lies_outside_is_not_read(tmp_path):
+    """Infinities and ranks of zero in modules that nobody asks for cost nothing."""
+    a, b = pair()
+    stem = "lora_unet_down_blocks_0_resnets_0_conv1"
+    tensors = {
+        f"unet.{Q}.lora_A.weight": a,
+        f"unet.{Q}.lora_B.weight": b,
+        f"{stem}.lora_down.weight": torch.full((2, 4, 3, 3), torch.inf),
+        f"{stem}.lora_up.weight": torch.ones(4, 2, 1, 1),
+        "unet.conv_in.lora_A.weight": torch.zeros(0, 4),
+        "unet.conv_in.lora_B.weight": torch.zeros(4, 0),
+    }
+    file = load_lora(save(tmp_path, tensors))
+    torch.testing.assert_close(file.updates[Q].delta().square(), float((b @ a).square().sum()))
+    assert file.updates["down_blocks.0.resnets.0.conv1"].shape == (4, 4, 3, 3)
+    with pytest.raises(FormatError, match="NaN or infinite"):
+        file.updates["down_blocks.0.resnets.0.conv1"].delta()
 
 
 def test_one_by_one_convolutions_are_matrices(tmp_path):
@@ -176,7 +195,6 @@ def test_bad_files_are_refused(tmp_path, layout):
     cases = [
         ({f"{Q}.lora_A.weight": a}, "only one of its two matrices"),
         ({f"{Q}.lora_A.weight": a, f"{Q}.lora_B.weight": torch.randn(4, 2)}, "ranks"),
-        ({f"{Q}.lora_A.weight": a / 0, f"{Q}.lora_B.weight": b}, "NaN"),
         ({f"{Q}.lora_A.weight": a, f"{Q}.lora_A.two.weight": a.clone()}, "appears twice"),
         ({"model.weight": a}, "holds no LoRA"),
     ]

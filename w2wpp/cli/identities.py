@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import math
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,11 +18,16 @@ from ..encode import encode_lora
 from ..errors import ConfigError
 from ..export import export_lora
 from ..files.container import Container, open_container
+from ..files.text import parse_json
 from ..identity import Identity, concat, interpolate, load_identity, save_identity
-from ..lora.files import FORMATS, load_lora
+from ..lora.files import LoraFile, load_lora
+from ..lora.layout import Layout
+from ..lora.source import PICKLED, adapter_file
+from ..lora.write import ADAPTER, FORMATS, NOT_LOADED_BY
 from ..mixtures import sample_mixtures
 from ..space import Space
 from ..spacefile import find_space, load_space
+from ..training.gather import public
 from ..training.report import without_curves
 
 Verbs = Any  # argparse's collection of subparsers has no public type
@@ -64,6 +71,11 @@ def register(verbs: Verbs) -> None:
     p.add_argument("space", metavar="SPACE")
     p.add_argument("loras", nargs="+", metavar="LORA")
     p.add_argument("--residual", action="store_true", help="keep what the latents can't express")
+    p.add_argument(
+        "--base-model",
+        metavar="FAMILY",
+        help="sd15: the family of LoRAs that do not tell theirs (those without attn2.to_k and to_v)",
+    )
     p.add_argument("-o", "--output", required=True, metavar="ID")
     p.set_defaults(run=encode)
 
@@ -78,14 +90,17 @@ def register(verbs: Verbs) -> None:
 
 def info(args: argparse.Namespace) -> dict[str, Any]:
     """`w2wpp info`"""
-    file = open_container(args.file)
+    path = adapter_file(args.file)
+    if path.suffix.lower() in PICKLED:
+        return {"format": "lora", **_lora_info(path)}
+    file = open_container(path)
     kind = file.metadata.get("format", "")
     known = {"w2wpp.space": _space_info, "w2wpp.identity": _identity_info}
     if kind in known:
         return {"format": kind, **known[kind](args.file)}
     if kind.startswith("w2wpp."):
         return {"format": kind, **_file_info(file)}
-    return {"format": "lora", **_lora_info(args.file)}
+    return {"format": "lora", **_lora_info(path)}
 
 
 def sample(args: argparse.Namespace) -> dict[str, Any]:
@@ -106,13 +121,28 @@ def interpolate_files(args: argparse.Namespace) -> dict[str, Any]:
 def encode(args: argparse.Namespace) -> dict[str, Any]:
     """`w2wpp encode`"""
     space = load_space(args.space)
-    found = [encode_lora(space, path, residual=args.residual) for path in args.loras]
+    family = is_stated(args.base_model, space.layout)
+    found = [
+        encode_lora(space, path, residual=args.residual, assume_family=family)
+        for path in args.loras
+    ]
     names = [Path(path).name for path in args.loras]
+    if len(set(names)) < len(names):
+        names = list(args.loras)
     identity = concat([person for person, _ in found])
-    identity = replace(identity, provenance={"made_by": "encode", "files": names})
+    identity = replace(identity, provenance={"made_by": "encode"})
     reports = {name: report.to_json() for name, (_, report) in zip(names, found)}
     r2 = {name: report["weight_r2"] for name, report in reports.items()}
     return {**saved(identity, args.output), "weight_r2": r2, "loras": reports}
+
+
+def is_stated(family: str | None, layout: Layout) -> bool:
+    """Whether --base-model says that LoRAs are of the layout's family."""
+    if family not in (None, layout.base_model):
+        raise ConfigError(
+            f"--base-model says {family!r}, the layout '{layout.name}' is for {layout.base_model!r}."
+        )
+    return family is not None
 
 
 def edit_file(args: argparse.Namespace) -> dict[str, Any]:
@@ -127,12 +157,15 @@ def export(args: argparse.Namespace) -> dict[str, Any]:
     """`w2wpp export`"""
     identity = load_identity(args.identity)
     space = _space_of(identity, args)
-    files = _numbered(Path(args.output), len(identity))
+    files = _numbered(Path(args.output), len(identity), args.format)
     kept = [  # one at a time: a LoRA of a large model takes memory
         export_lora(person, space, file, format=args.format, strength=args.strength)
         for person, file in zip(identity, files)
     ]
     facts = {"loras": [str(f) for f in files], "format": args.format, "space": space.name}
+    if args.format in NOT_LOADED_BY:
+        facts["note"] = NOT_LOADED_BY[args.format]
+        print(f"w2wpp: {facts['note']}", file=sys.stderr)
     # Only a combination of other LoRAs has more ranks than one LoRA can keep.
     told = {} if None in kept else {"kept_energy": [round(k, 4) for k in kept if k is not None]}
     return {**facts, **told}
@@ -161,13 +194,17 @@ def saved(identity: Identity, path: str) -> dict[str, Any]:
     return {**facts, "space_fingerprint": identity.space_fingerprint}
 
 
-def _numbered(path: Path, count: int) -> list[Path]:
-    """face.safetensors, or face-1.safetensors and so on for several."""
-    if not path.suffix:
-        path = path.with_name(path.name + ".safetensors")
+def _numbered(path: Path, count: int, format: str) -> list[Path]:
+    """face.safetensors, or face-1.safetensors and so on for several; folders for peft."""
+    if path.name == ADAPTER and format == "peft":
+        path = path.parent
+    suffix = path.suffix if path.suffix == ".safetensors" else ""
+    stem = path.name.removesuffix(suffix)
+    if not suffix and format != "peft":
+        suffix = ".safetensors"
     if count == 1:
-        return [path]
-    return [path.with_name(f"{path.stem}-{i}{path.suffix}") for i in range(1, count + 1)]
+        return [path.with_name(stem + suffix)] if stem else [path]
+    return [path.with_name(f"{stem}-{i}{suffix}") for i in range(1, count + 1)]
 
 
 def _space_info(path: str) -> dict[str, Any]:
@@ -188,6 +225,7 @@ def _space_info(path: str) -> dict[str, Any]:
         "latent_size": space.latent_size,
         "directions": sorted(space.directions),
         "training": without_curves(space.training_report),
+        "origin": space.provenance.get("data", {}),
     }
 
 
@@ -204,21 +242,42 @@ def _identity_info(path: str) -> dict[str, Any]:
     }
 
 
-def _lora_info(path: str) -> dict[str, Any]:
+def _lora_info(path: Path) -> dict[str, Any]:
     file = load_lora(path)
+    sizes = [t.shape for parts in _matrices(file) for t in parts]
     return {
-        "modules": len(file.lora),
-        "parameters": sum(t.numel() for pair in file.lora.values() for t in pair),
-        "ranks": sorted({a.shape[0] for a, _ in file.lora.values()}),
+        "modules": len(file.updates),
+        "kinds": file.kinds,
+        "family": file.family.name or f"not told: {file.family.why}",
+        "parameters": sum(math.prod(size) for size in sizes),
+        "ranks": sorted({u.parts.shape("down")[0] for u in file.updates.values() if u.is_plain}),
         "alphas": sorted(set(file.alphas.values())),
         "unread_tensors": len(file.unread),
+        "remarks": list(file.remarks),
         "metadata": file.metadata,
+        "origin": _origin(file.metadata),
     }
+
+
+def _matrices(file: LoraFile) -> Iterator[list[Any]]:
+    """Headers of all tensors of every module."""
+    for update in file.updates.values():
+        entries = update.parts.source.entries
+        yield [entries[key] for part, key in update.parts.keys.items() if part != "alpha"]
+
+
+def _origin(metadata: Mapping[str, str]) -> list[str]:
+    """Entries of the metadata that tell about who made a file, from what and of whom."""
+    telling = ("ss_", "w2wpp.provenance", "modelspec.author", "modelspec.title", "sshs_")
+    return sorted(key for key in metadata if key.startswith(telling))
 
 
 def _file_info(file: Container) -> dict[str, Any]:
     tensors: Sequence[tuple[str, Any]] = sorted(file.entries.items())
+    config = parse_json(file.metadata.get("config", "{}"), f"{file.path}: its configuration")
+    facts = config.get("provenance", {}) if isinstance(config, dict) else {}
     return {
+        "origin": public(facts) if isinstance(facts, dict) else {},
         "format_version": file.metadata.get("format_version", ""),
         "tensors": {
             n: f"{list(e.shape)} {str(e.dtype).removeprefix('torch.')}" for n, e in tensors

@@ -6,13 +6,13 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ..encode import adapter_file, encode_lora
-from ..imports.identity import read_coefficients
+from ..encode import encode_lora
+from ..imports.identity import read_numbers
 from ..imports.original import read_vae
 from ..imports.w2w import open_w2w
 from ..imports.w2w_space import w2w_directions, write_w2w_space
 from ..spacefile import load_space, save_space
-from .identities import saved
+from .identities import is_stated, saved
 from .layouts import find_layout
 
 
@@ -33,6 +33,7 @@ def register(verbs: Any) -> None:
     p.add_argument("source", metavar="W2WMODEL.pt", help="or a folder that diffusers exported")
     p.add_argument("--space", required=True)
     p.add_argument("--residual", action="store_true", help="keep what the latents can't express")
+    p.add_argument("--base-model", metavar="FAMILY", help="as in encode")
     p.add_argument("-o", "--output", required=True, metavar="ID")
     p.set_defaults(run=import_identity)
 
@@ -69,11 +70,13 @@ def import_w2w(args: argparse.Namespace) -> dict[str, Any]:
 def import_identity(args: argparse.Namespace) -> dict[str, Any]:
     """`w2wpp import-identity`"""
     space = load_space(args.space)
-    if Path(args.source).suffix != ".pt":
-        identity, report = encode_lora(space, adapter_file(args.source), residual=args.residual)
-        return {**saved(identity, args.output), **report.to_json()}
-    identity, dropped = read_coefficients(args.source, space, residual=args.residual)
-    return {**saved(identity, args.output), "energy_beyond_the_space": round(dropped, 6)}
+    path = Path(args.source)
+    if path.suffix == ".pt":
+        identity, facts = read_numbers(path, space, residual=args.residual)
+        return {**saved(identity, args.output), **facts}
+    family = is_stated(args.base_model, space.layout)
+    identity, report = encode_lora(space, path, residual=args.residual, assume_family=family)
+    return {**saved(identity, args.output), **report.to_json()}
 
 
 def import_vae(args: argparse.Namespace) -> dict[str, Any]:

@@ -34,7 +34,7 @@ from ..training.fit_basis import ITERATIONS, STANDARDISE, TOLERANCE, fit_coeffic
 from ..training.fit_flow import with_flow
 from ..training.fit_start import StartTraining
 from ..training.fit_vae import fit_vae, linear_space
-from ..training.gather import gather_loras
+from ..training.gather import Losses, gather_loras, public
 from ..training.ranks import among_ranks, current_ranks
 from ..training.report import without_curves
 from ..training.run import Progress
@@ -45,6 +45,7 @@ from ..training.sketch import functional_metric, load_sketch
 from ..training.start_table import fit_start_table
 from ..training.synthetic import STATEMENT, write_synthetic
 from ..weight_metric import METRICS, Metric
+from .identities import is_stated
 from .layouts import find_layout
 from .printing import log
 from .renamed import renamed
@@ -82,12 +83,35 @@ def register(verbs: Any) -> None:
     )
     p.add_argument("--heldout", type=float, default=0.2, help="share of the persons (default 0.2)")
     p.add_argument("--seed", type=int, default=0, help="which persons are held out")
-    p.add_argument("--labels", metavar="CSV", help="first column: the file's name or stem")
+    p.add_argument(
+        "--labels",
+        metavar="CSV",
+        help="first column: the file's name or stem, or that of the folder that names the person",
+    )
     p.add_argument(
         "--gauge",
         default="keep",
         metavar="keep|first|SPACE",
         help="keep the files' own; or bring every LoRA, of any rank, into that of the first file or of a space",
+    )
+    p.add_argument(
+        "--min-energy",
+        type=float,
+        default=0.5,
+        metavar="SHARE",
+        help="of its update that every LoRA must keep in the layout's rank (default 0.5)",
+    )
+    p.add_argument(
+        "--max-missing",
+        type=float,
+        default=0.25,
+        metavar="SHARE",
+        help="of the layout's modules that a LoRA may lack (default 0.25)",
+    )
+    p.add_argument(
+        "--base-model",
+        metavar="FAMILY",
+        help="sd15: the family of LoRAs that do not tell theirs (those without attn2.to_k and to_v)",
     )
     p.add_argument("-o", "--output", required=True, metavar="DATA")
     p.set_defaults(run=dataset)
@@ -241,7 +265,7 @@ def directions(args: argparse.Namespace) -> dict[str, Any]:
 
 def dataset(args: argparse.Namespace) -> dict[str, Any]:
     """`w2wpp dataset`"""
-    layout = find_layout(args.layout)
+    layout, losses = find_layout(args.layout), Losses()
     written = gather_loras(
         args.folders,
         args.output,
@@ -251,6 +275,10 @@ def dataset(args: argparse.Namespace) -> dict[str, Any]:
         seed=args.seed,
         labels=args.labels,
         gauge=args.gauge,
+        min_energy=args.min_energy,
+        max_missing=args.max_missing,
+        assume_family=is_stated(args.base_model, layout),
+        losses=losses,
     )
     return {
         "data": args.output,
@@ -259,6 +287,7 @@ def dataset(args: argparse.Namespace) -> dict[str, Any]:
         "persons": len(written.identity.unique()),
         "heldout_rows": len(written.heldout_rows),
         "labels": list(written.label_names),
+        **losses.summary(),
     }
 
 
@@ -339,7 +368,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
         "version": args.space_version,
         "licence": args.licence,
         "trigger_prompt": args.trigger_prompt,
-        "data": dict(coefficients.provenance),
+        "data": public(coefficients.provenance),
     }
     if args.codec == "pca":
         space = linear_space(coefficients, fitted, provenance=facts)

@@ -42,6 +42,13 @@ DTYPES = {
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
+    # Not written here, but found in files of others.
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
+    "C64": torch.complex64,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors format itself
@@ -151,8 +158,12 @@ class Container:
         self.file.read_into(start, stored.numpy().data)
         if tensor.dtype == torch.bool and int(stored.max()) > 1:
             raise FormatError(f"{self.path}: the tensor '{name}' holds something else than flags.")
-        if finite and tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise FormatError(f"{self.path}: the tensor '{name}' holds NaN or infinite numbers.")
+        if finite and tensor.is_floating_point():
+            numbers = tensor.float() if tensor.dtype.itemsize == 1 else tensor  # fp8
+            if not bool(torch.isfinite(numbers).all()):
+                raise FormatError(
+                    f"{self.path}: the tensor '{name}' holds NaN or infinite numbers."
+                )
         return tensor
 
 

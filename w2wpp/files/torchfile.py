@@ -21,7 +21,16 @@ from ..errors import FormatError
 from .kinds import SEEN, kind_of_bytes
 from .opened import OpenedFile
 
-NUMPY = {torch.float32: np.float32, torch.float64: np.float64, torch.float16: np.float16}
+# Floating-point numbers, and what NumPy holds them as; those that it does not know by their bits.
+NUMPY = {
+    torch.float32: np.float32,
+    torch.float64: np.float64,
+    torch.float16: np.float16,
+    torch.bfloat16: np.int16,
+    torch.float8_e4m3fn: np.uint8,
+    torch.float8_e5m2: np.uint8,
+}
+BITS = (torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
 MAPPED_BYTES = 64 * 2**20  # of a file in memory at a time
 ADVICE = {
     "identity_df.pt": "It is a pickled pandas table: open it where you trust it and write "
@@ -64,9 +73,14 @@ def _load(file: OpenedFile) -> Any:
     return data
 
 
-def load_tensor(path: str | os.PathLike[str], *, ndim: int) -> Tensor:
-    """A file that is one floating-point tensor of so many dimensions; small ones, read at once."""
+def load_tensor(path: str | os.PathLike[str], *, ndim: int, or_flat: bool = False) -> Tensor:
+    """A file that is one floating-point tensor of so many dimensions; small ones, read at once.
+
+    With `or_flat` one of a single dimension is taken as the only row of a matrix.
+    """
     tensor = load_torch(path)
+    if or_flat and isinstance(tensor, Tensor) and tensor.ndim == 1:
+        tensor = tensor[None]
     _require(path, tensor, ndim)
     tensor = tensor.detach().float().clone()
     if not bool(torch.isfinite(tensor).all()):
@@ -127,9 +141,12 @@ class Matrix:
         steps = (self.strides[0] * size, self.strides[1] * size)
         with self.file.mapped() as view:
             values = _copied(view, NUMPY[self.dtype], begin, shape, steps)
-        if not np.isfinite(values).all():
+        found = torch.from_numpy(values)
+        if self.dtype in BITS:
+            found = found.view(self.dtype).float()
+        if not bool(torch.isfinite(found).all()):
             raise FormatError(f"{self.path} holds NaN or infinite numbers. Get the file again.")
-        return torch.from_numpy(values)
+        return found
 
 
 def _copied(
@@ -149,7 +166,8 @@ def open_matrix(path: str | os.PathLike[str]) -> Matrix:
     rows, columns = tensor.shape
     matrix = Matrix(file, (rows, columns), tensor.dtype, tensor.stride(), start)
     # The mapped tensor has the same first number, or the place was not found.
-    if not torch.equal(matrix.part(slice(0, 1), slice(0, 1)), tensor[:1, :1].detach()):
+    first = tensor[:1, :1].detach()
+    if not torch.equal(matrix.part(slice(0, 1), slice(0, 1)).double(), first.double()):
         raise FormatError(f"{path} is not laid out as PyTorch writes it. Save the tensor again.")
     return matrix
 

@@ -9,6 +9,7 @@ taking it away would mirror these parameters against V.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -21,12 +22,17 @@ from torch import Tensor
 from ..basis import without_tiny
 from ..errors import ConfigError, FormatError
 from ..files.torchfile import Matrix, load_tensor, load_torch, open_matrix
-from ..lora.files import parse_key
 from ..lora.layout import SD15, Layout
+from ..lora.names import UNET, parse_key
 from ..metrics import ColumnSums
 
 LICENCE = "Derived from the official weights2weights files (Snap Inc.): for non-commercial, academic use only."
 TRIGGER_PROMPT = "sks person"
+# The words of a name and its numbers, whatever stands between them.
+_ATTENTION = re.compile(
+    r"(?:(down|up)_blocks?_(\d+)|(?:mid_block))_attentions?_(\d+)_transformer_blocks?_(\d+)_attn_?([12])"
+    r"_(?:processor_)?to_([qkv]|out(?:_0)?)_(?:lora_)?(?:linear_layer_)?(a|b|down|up)(?:_|$)"
+)
 COLUMNS = 500  # of V held at a time, in half precision
 
 
@@ -105,6 +111,10 @@ def open_w2w(
         raise FormatError(
             f"{folder}: {', '.join(wrong)} numbers per LoRA, the layout '{layout.name}' has "
             f"{layout.size:,}. Use files of identity LoRAs for {layout.base_model}."
+        )
+    if not bool(std.any()):
+        raise FormatError(
+            f"{folder / 'std.pt'} is zero everywhere: no weight varies. Get it again."
         )
     order = _order(folder, layout)
     if order is not None:
@@ -189,8 +199,8 @@ def _prior(matrix: Matrix | None, k: int, p: int) -> tuple[Tensor, Tensor, str]:
 def _order(folder: Path, layout: Layout) -> Tensor | None:
     """Where the layout's numbers stand in the files, from weight_dimensions.pt; None: in the layout's order.
 
-    Names are compared in whatever spelling they have. Names that no spelling explains are taken to
-    be in the published order, if their sizes are.
+    Names are compared in whatever spelling they have. One that no spelling explains is refused:
+    to_q and to_v have the same sizes, so that sizes alone would not show them swapped.
     """
     path = folder / "weight_dimensions.pt"
     if not path.is_file():
@@ -201,15 +211,21 @@ def _order(folder: Path, layout: Layout) -> Tensor | None:
     sizes = [_size(path, name, value) for name, value in table.items()]
     wanted = _expected(layout)
     names = [_half(str(name)) for name in table]
-    if sorted(names) == sorted(name for name, _ in wanted):
-        return _permutation(path, names, sizes, wanted)
-    if sizes == [size for _, size in wanted]:
-        return None
-    raise FormatError(
-        f"{path} lists {len(sizes)} weights of {sum(sizes):,} numbers, which are not the {len(wanted)} of "
-        f"the layout '{layout.name}' ({layout.size:,}). Use files of identity LoRAs for "
-        f"{layout.base_model}."
-    )
+    if len(sizes) != len(wanted) or sum(sizes) != layout.size:
+        raise FormatError(
+            f"{path} lists {len(sizes)} weights of {sum(sizes):,} numbers, which are not the {len(wanted)} of "
+            f"the layout '{layout.name}' ({layout.size:,}). Use files of identity LoRAs for "
+            f"{layout.base_model}."
+        )
+    known = {name for name, _ in wanted}
+    odd = [str(key) for key, name in zip(table, names) if name not in known]
+    if odd or len(set(names)) != len(names):
+        raise FormatError(
+            f"{path} has names that do not say which weight each is (first: {(odd or list(table))[0]!r}), and "
+            "sizes alone do not tell to_q from to_v. If the files are in the published order, remove "
+            "weight_dimensions.pt: that order is assumed without it."
+        )
+    return _permutation(path, names, sizes, wanted)
 
 
 def _expected(layout: Layout) -> list[tuple[tuple[str, bool], int]]:
@@ -222,8 +238,20 @@ def _expected(layout: Layout) -> list[tuple[tuple[str, bool], int]]:
 
 
 def _half(name: str) -> tuple[str, bool]:
-    module, part = parse_key(name)
-    return module, part in ("lora_A", "lora_down.weight", "down")
+    """(module, whether it is A) of a name in any spelling; ("", False) if none explains it."""
+    for spelled in (name, name + ".weight"):
+        where, module, part = parse_key(spelled)
+        if where == UNET and part in ("down", "up"):
+            return module, part == "down"
+    words = "_".join(re.findall(r"[a-z]+|\d+", name.lower()))
+    match = _ATTENTION.search(words)
+    if not match:
+        return "", False
+    side, block, i, depth, attention, target, half = match.groups()
+    where = f"{side}_blocks.{block}" if side in ("down", "up") else "mid_block"
+    inner = f"attentions.{i}.transformer_blocks.{depth}.attn{attention}"
+    end = "to_out.0" if target.startswith("out") else f"to_{target}"
+    return f"{where}.{inner}.{end}", half in ("a", "down")
 
 
 def _permutation(

@@ -1,276 +1,236 @@
-"""LoRA files: the spellings that are in use, read into one and written from one.
+"""LoRA files as read: the update of every module of the UNet, whatever kind and spelling it has.
 
-kohya      lora_unet_<module with underscores>.lora_down.weight | .lora_up.weight | .alpha
-peft       base_model.model.<module>.lora_A[.<adapter>].weight | .lora_B[.<adapter>].weight
-diffusers  unet.<module>.lora_A.weight | .lora_B.weight
-older      [unet.]<module>.processor.to_q_lora.down.weight | .up.weight, also
-<module>.lora.down.weight
+Spellings are told apart in `names`, kinds in `kinds`, scales in `stated`. Nothing of a module is
+read before it is asked for, so that what lies outside of a layout costs and spoils nothing.
 """
 
 from __future__ import annotations
 
-import json
-import math
 import os
-import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from ..errors import ConfigError, FormatError, LayoutMismatch
-from ..files.container import Container, open_container, write_container
-from .families import lora_key
+from ..errors import FormatError, LayoutMismatch
+from .base_model import Family, family_of
+from .kinds import KINDS, MAGNITUDES, Kind, Parts, Scale, decomposed
 from .layout import Layout, Lora
+from .names import LAYERS, TEXT, UNET, layers_of, parse_key
+from .products import Delta, Product
+from .source import InMemory, Source, open_source, read_numbers
+from .stated import FOLDED, Stated, stated_by, stated_number
 
-FORMATS = ("kohya", "diffusers", "peft")
-FOLDED = "w2wpp.folded_scale"  # metadata: what B was multiplied by, so that reading can undo it
+# Parts that change no weight of a linear layer, and are listed as unread.
+BESIDE = frozenset({"diff_b", "bias", "lora_bias", "w_norm", "b_norm"})
+_KIND_OF = {part: kind for kind in KINDS for part in kind.parts}
 
-_KOHYA = re.compile(r"lora_unet_(?P<module>.+)\.(?P<part>lora_down\.weight|lora_up\.weight|alpha)")
-_PEFT = re.compile(
-    r"(?:base_model\.model\.)?(?:unet\.)?(?P<module>.+?)\.(?P<part>lora_A|lora_B)(?:\.(?!weight$)[^.]+)?(?:\.weight)?"
-)
-_OLDER = re.compile(
-    r"(?:unet\.)?(?P<module>.+?)(?:\.processor)?(?:\.(?P<to>to_q|to_k|to_v|to_out)_lora|\.lora(?:_linear_layer)?)"
-    r"\.(?P<part>down|up)\.weight"
-)
-_IS_DOWN = {"lora_down.weight": True, "lora_A": True, "down": True}
 
-# Names of diffusers' UNets that hold an underscore themselves; kohya's files turn every dot into
-# one.
-_COMPOUND = (
-    "down_blocks up_blocks mid_block transformer_blocks conv_in conv_out conv_shortcut "
-    "conv_norm_out proj_in proj_out "
-    "to_q to_k to_v to_out time_emb_proj time_embedding add_embedding linear_1 linear_2"
-).split()
+@dataclass(frozen=True, eq=False)
+class Update:
+    """The change of one weight, of any kind."""
+
+    kind: Kind
+    parts: Parts
+    shape: tuple[int, ...]  # (out, in, *kernel); empty if only reading it would tell
+
+    @property
+    def needs_base(self) -> bool:
+        """Whether it depends on the base model's weight (DoRA)."""
+        return any(part in self.parts for part in MAGNITUDES)
+
+    @property
+    def kind_name(self) -> str:
+        return f"{self.kind.name} with DoRA" if self.needs_base else self.kind.name
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is one pair of matrices."""
+        return self.kind.name == "LoRA" and not self.needs_base and "mid" not in self.parts
+
+    def delta(self, base: Tensor | None = None) -> Delta:
+        """With its scale; `base` is the base model's weight [out, in, *kernel]."""
+        delta = self.kind.delta(self.parts)
+        if not self.needs_base:
+            return delta
+        if base is None:
+            raise self.parts.error(
+                "is trained with DoRA: how it changes a weight depends on the base model's. Connect "
+                "that MODEL to W2W++ Encode LoRA, which converts it; or merge the LoRA and extract a "
+                "plain one (ComfyUI: Load LoRA, ModelSubtract, Extract and Save Lora)."
+            )
+        whole = delta.b @ delta.a if isinstance(delta, Product) else delta.d
+        return decomposed(whole, self.parts, base.detach().cpu().float())
 
 
 @dataclass(frozen=True, eq=False)
 class LoraFile:
-    """A LoRA as read: single-precision matrices by dotted diffusers name, and the file's remarks."""
+    """A LoRA of a UNet as read, by dotted diffusers names, and the file's remarks."""
 
-    lora: Lora
-    alphas: dict[str, float]  # per module; the rank where the file names none
+    updates: Mapping[str, Update]
     metadata: dict[str, str] = field(default_factory=dict)
-    unread: tuple[str, ...] = ()  # tensors of other kinds: text encoder, convolutions, DoRA scales
+    unread: tuple[str, ...] = ()  # tensors of other kinds: text encoder, biases, norms
+    texts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # shapes, by key
+    remarks: tuple[str, ...] = ()  # what had to be assumed
     path: str = ""
+    folded: float = 1.0  # what B was multiplied by when the file was written
 
-    def scaled(self, name: str, layout: Layout) -> tuple[Tensor, Tensor]:
-        """A and B of a module, with B taking up what the file scales otherwise than the layout."""
-        a, b = self.lora[name]
-        factor = self.alphas[name] / a.shape[0] / layout.scale
-        return a, b if factor == 1.0 else b * factor
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return self.path or "This LoRA"
+
+    @cached_property
+    def lora(self) -> Lora:
+        """{module: (A [r, in], B [out, r])} of the modules that are one pair of matrices, read whole."""
+        plain = {n: u.parts for n, u in self.updates.items() if u.is_plain}
+        return {
+            n: (
+                p.matrix("down"),
+                p.matrix("up") / self.folded if self.folded != 1.0 else p.matrix("up"),
+            )
+            for n, p in plain.items()
+        }
+
+    @cached_property
+    def alphas(self) -> dict[str, float]:
+        """Per module of `lora`: scale = alpha / rank. The rank where the file names none."""
+        found = {}
+        for name, update in self.updates.items():
+            if update.is_plain:
+                rank = update.parts.shape("down")[0]
+                found[name] = update.parts.scale.of(rank) * rank * self.folded
+        return found
+
+    @cached_property
+    def kinds(self) -> dict[str, int]:
+        """How many modules are of which kind."""
+        return dict(Counter(update.kind_name for update in self.updates.values()))
+
+    @cached_property
+    def family(self) -> Family:
+        """The base model's family, as far as the file tells."""
+        shapes = {n: u.shape for n, u in self.updates.items()}
+        convolutions = [n for n, u in self.updates.items() if _is_convolution(u)]
+        return family_of(shapes, self.metadata, convolutions=convolutions, texts=self.texts)
 
     def vector(self, layout: Layout) -> Tensor:
         """w [P] in a layout. If the file scales otherwise, B takes it up and the delta is equal."""
+        outside = sorted(self.updates.keys() - self.lora.keys())
+        if outside:
+            update = self.updates[outside[0]]
+            raise LayoutMismatch(
+                f"{self.name}: {outside[0]} is of the kind {update.kind_name}, which has no two "
+                "matrices to take as they are. Bring it into the gauge of a space or of the first file."
+            )
+        scaled = {}
+        for name, (a, b) in self.lora.items():
+            factor = self.alphas[name] / max(1, a.shape[0]) / layout.scale
+            scaled[name] = (a, b if factor == 1.0 else b * factor)
         try:
-            return layout.pack({name: self.scaled(name, layout) for name in self.lora})
+            return layout.pack(scaled)
         except LayoutMismatch as e:
             raise LayoutMismatch(f"{self.path}: {e}" if self.path else str(e)) from e
 
 
-def kohya_tensors(lora: Mapping[str, tuple[Tensor, Tensor]], alpha: float) -> dict[str, Tensor]:
-    """{key: tensor} in kohya's spelling, which is also what ComfyUI's LORA_MODEL sockets carry."""
-    tensors = {}
-    for name, (a, b) in lora.items():
-        key = lora_key(name)
-        tensors[f"{key}.lora_down.weight"] = a.contiguous()
-        tensors[f"{key}.lora_up.weight"] = b.contiguous()
-        tensors[f"{key}.alpha"] = torch.tensor(float(alpha))
-    return tensors
+def load_lora(path: str | os.PathLike[str], *, layers: int | None = None) -> LoraFile:
+    """Read a LoRA of the UNet in any known spelling: a file, or a folder that PEFT or diffusers wrote.
 
-
-def save_lora(
-    lora: Mapping[str, tuple[Tensor, Tensor]],
-    path: str | os.PathLike[str],
-    *,
-    format: str = "kohya",
-    alpha: float,
-    metadata: Mapping[str, str] | None = None,
-) -> None:
-    """Write one LoRA, {module: (A [r, in], B [out, r])}.
-
-    kohya is read everywhere (ComfyUI, kohya's tools, diffusers). A peft file named
-    adapter_model.safetensors gets its adapter_config.json beside it. A diffusers file has no place
-    for alpha that every release reads, so alpha / rank is multiplied into B there; `load_lora`
-    undoes it.
+    `layers` are the resnets per block of its base model, which LDM names depend on (2 in all of
+    Stable Diffusion); by default the file's modules tell. Kinds that are not taken, such as OFT, and
+    DoRA, raise only when the update of such a module is asked for.
     """
-    if not lora or any(a.ndim != 2 or b.ndim != 2 for a, b in lora.values()):
-        raise ConfigError(
-            "A LoRA file holds one LoRA, {module: (A [r, in], B [out, r])}; pick one of the batch."
-        )
-    lora = {n: (a.detach().cpu().float(), b.detach().cpu().float()) for n, (a, b) in lora.items()}
-    if not all(bool(torch.isfinite(t).all()) for pair in lora.values() for t in pair):
-        raise FormatError("This LoRA holds NaN or infinite numbers and is not written.")
-    rank = next(iter(lora.values()))[0].shape[0]
-    texts = {"format": "pt", **(metadata or {})}
-    if format == "kohya":
-        tensors = kohya_tensors(lora, alpha)
-        texts.update(
-            ss_network_dim=str(rank), ss_network_alpha=str(alpha), ss_network_module="networks.lora"
-        )
-    elif format == "diffusers":
-        texts[FOLDED] = repr(alpha / rank)
-        tensors = _peft_tensors({n: (a, b * (alpha / rank)) for n, (a, b) in lora.items()}, "unet.")
-    elif format == "peft":
-        texts["lora_alpha"] = repr(float(alpha))
-        tensors = _peft_tensors(lora, "base_model.model.")
-    else:
-        raise ConfigError(f"LoRA files are written as {', '.join(FORMATS)}. Got {format!r}.")
-    write_container(path, tensors, metadata=texts)
-    if format == "peft" and Path(path).name == "adapter_model.safetensors":
-        _write_adapter_config(Path(path).parent, lora, rank, alpha)
+    with open_source(path) as source:  # opened again by whoever reads a tensor
+        return _read(source, layers)
 
 
-def load_lora(path: str | os.PathLike[str]) -> LoraFile:
-    """Read a LoRA of the UNet in any of the spellings above."""
-    return _read(open_container(path))
-
-
-def lora_of_tensors(tensors: Mapping[str, Tensor], name: str = "this LoRA") -> LoraFile:
+def lora_of_tensors(
+    tensors: Mapping[str, Tensor], name: str = "this LoRA", *, layers: int | None = None
+) -> LoraFile:
     """The same from {key: tensor} in memory, such as ComfyUI's LORA_MODEL sockets carry."""
-    return replace(_read(_InMemory(Path(name), tensors)), path="")
+    return replace(_read(InMemory(Path(name), tensors), layers), path="")
 
 
-@dataclass(frozen=True)
-class _InMemory:
-    """Tensors at hand, with what is asked of a Container."""
-
-    path: Path  # a name for messages
-    entries: Mapping[str, Tensor]
-    metadata: dict[str, str] = field(default_factory=dict)
-
-    def read(self, key: str) -> Tensor:
-        tensor = self.entries[key].detach().cpu()
-        if not bool(torch.isfinite(tensor).all()):
-            raise FormatError(f"{self.path}: the tensor '{key}' holds NaN or infinite numbers.")
-        return tensor
-
-
-def _read(file: Container | _InMemory) -> LoraFile:
-    path = file.path
-    halves: dict[str, dict[bool, str]] = {}
-    alpha_keys: dict[str, str] = {}
-    unread = []
-    for key, entry in file.entries.items():
-        module, part = parse_key(key)
-        if part == "alpha":
-            alpha_keys[module] = key
-        elif not part or len(entry.shape) not in (2, 4) or any(n != 1 for n in entry.shape[2:]):
+def _read(source: Source, layers: int | None) -> LoraFile:
+    layers = layers or layers_of(source.entries) or LAYERS
+    modules: dict[str, dict[str, str]] = {}
+    unread, texts = [], {}
+    for key, entry in source.entries.items():
+        where, module, part = parse_key(key, layers)
+        if where == TEXT:
+            texts[key] = tuple(entry.shape)
+        if where != UNET or not part or part in BESIDE:
             unread.append(key)
-        elif _IS_DOWN.get(part, False) in halves.setdefault(module, {}):
+        elif part in modules.setdefault(module, {}):
             raise FormatError(
-                f"{path}: {module} appears twice; the file holds more than one LoRA. Split it "
-                "first."
+                f"{source.path}: {module} appears twice ({modules[module][part]} and {key}); the file "
+                "holds more than one LoRA. Split it first."
             )
         else:
-            halves[module][_IS_DOWN.get(part, False)] = key
-    if not halves:
+            modules[module][part] = key
+    stated = stated_by(source)
+    updates = dict(_updates(source, modules, stated, unread))
+    if all(part == "weight" for u in updates.values() for part in u.parts.keys):
+        first = next(iter(source.entries), "none")
         raise FormatError(
-            f"{path} holds no LoRA of a UNet in a known spelling (first key: "
-            f"{next(iter(file.entries), 'none')})."
+            f"{source.path} holds no LoRA of a UNet in a known spelling (first key: {first})."
         )
-    lora = {module: _pair(file, module, keys) for module, keys in sorted(halves.items())}
-    default = _stated_alpha(file)
-    alphas = {}
-    for module, (a, _) in lora.items():
-        stored = alpha_keys.get(module)
-        alphas[module] = _alpha(file, stored) if stored else default or float(a.shape[0])
-    folded = _stated_number(file, FOLDED) or 1.0
-    if folded != 1.0:
-        lora = {n: (a, b / folded) for n, (a, b) in lora.items()}
-        alphas = {n: alpha * folded for n, alpha in alphas.items()}
-    return LoraFile(lora, alphas, dict(file.metadata), tuple(sorted(unread)), str(path))
-
-
-def dotted_name(kohya: str) -> str:
-    """down_blocks_0_attentions_1_... -> down_blocks.0.attentions.1...., for the names that diffusers' UNets have."""
-    name = kohya.replace("_", ".")
-    for word in _COMPOUND:
-        name = re.sub(rf"(?<![^.]){re.escape(word.replace('_', '.'))}(?![^.])", word, name)
-    return name
-
-
-def parse_key(key: str) -> tuple[str, str]:
-    """(dotted module, part), or two empty strings."""
-    if m := _KOHYA.fullmatch(key):
-        return dotted_name(m["module"]), m["part"]
-    if key.startswith(("lora_", "text_encoder")):
-        return "", ""
-    if m := _PEFT.fullmatch(key):
-        return m["module"], m["part"]
-    if m := _OLDER.fullmatch(key):
-        target = {"to_out": ".to_out.0"}.get(m["to"], f".{m['to']}") if m["to"] else ""
-        return m["module"] + target, m["part"]
-    return "", ""
-
-
-def _pair(
-    file: Container | _InMemory, module: str, keys: Mapping[bool, str]
-) -> tuple[Tensor, Tensor]:
-    if len(keys) < 2:
-        raise FormatError(
-            f"{file.path}: {module} has only one of its two matrices. Get the file again."
-        )
-    a, b = (file.read(keys[is_down]).float().flatten(1) for is_down in (True, False))
-    if a.shape[0] != b.shape[1] or a.shape[0] == 0:
-        raise FormatError(
-            f"{file.path}: the ranks of {module} differ: A {list(a.shape)}, B {list(b.shape)}."
-        )
-    return a, b
-
-
-def _stated_alpha(file: Container | _InMemory) -> float | None:
-    """The alpha that the file's metadata or PEFT's configuration beside it names, for files without .alpha tensors."""
-    if stated := _stated_number(file, "lora_alpha"):
-        return stated
-    beside = file.path.parent / "adapter_config.json"
-    if file.path.name != "adapter_model.safetensors" or not beside.is_file():
-        return None
-    try:
-        return float(json.loads(beside.read_text(encoding="utf-8"))["lora_alpha"])
-    except (ValueError, KeyError, TypeError) as e:
-        raise FormatError(f"{beside} does not state lora_alpha as a number.") from e
-
-
-def _alpha(file: Container | _InMemory, key: str) -> float:
-    tensor = file.read(key)
-    if tensor.numel() != 1:
-        raise FormatError(f"{file.path}: {key} must be one number. Got {list(tensor.shape)}.")
-    return float(tensor)
-
-
-def _stated_number(file: Container | _InMemory, key: str) -> float | None:
-    try:
-        number = float(file.metadata[key]) if key in file.metadata else None
-    except ValueError:
-        number = math.nan
-    if number is not None and not (math.isfinite(number) and number != 0):
-        raise FormatError(
-            f"{file.path}: its metadata say {key} = {file.metadata[key]!r}, not a number."
-        )
-    return number
-
-
-def _peft_tensors(lora: Mapping[str, tuple[Tensor, Tensor]], prefix: str) -> dict[str, Tensor]:
-    tensors = {}
-    for name, (a, b) in lora.items():
-        tensors[f"{prefix}{name}.lora_A.weight"] = a
-        tensors[f"{prefix}{name}.lora_B.weight"] = b
-    return tensors
-
-
-def _write_adapter_config(folder: Path, lora: Lora, rank: int, alpha: float) -> None:
-    config = {
-        "peft_type": "LORA",
-        "r": rank,
-        "lora_alpha": alpha,
-        "target_modules": sorted(lora),
-        "bias": "none",
-        "lora_dropout": 0.0,
-    }
-    (folder / "adapter_config.json").write_text(
-        json.dumps(config, indent=2) + "\n", encoding="utf-8"
+    return LoraFile(
+        updates,
+        dict(source.metadata),
+        tuple(sorted(unread)),
+        texts,
+        tuple(_remarks(source, updates)),
+        str(source.path),
+        stated_number(source, FOLDED) or 1.0,
     )
+
+
+def _updates(
+    source: Source, modules: Mapping[str, Mapping[str, str]], stated: Stated, unread: list[str]
+) -> Iterator[tuple[str, Update]]:
+    for module, keys in sorted(modules.items()):
+        kinds = {_KIND_OF[part].name: _KIND_OF[part] for part in keys if part in _KIND_OF}
+        parts = Parts(module, keys, source, _scale(source, keys, stated, module))
+        if not kinds:  # an alpha or a magnitude of nothing
+            unread.extend(keys.values())
+        elif len(kinds) > 1:
+            raise parts.error(
+                f"is given as {' and as '.join(sorted(kinds))}, in one file; only one of them can be "
+                "meant. Split the file first."
+            )
+        else:
+            kind = next(iter(kinds.values()))
+            yield module, Update(kind, parts, kind.shape(parts))
+
+
+def _scale(source: Source, keys: Mapping[str, str], stated: Stated, module: str) -> Scale:
+    """A module's own alpha first, which is what the host reads; then what is stated for the file."""
+    if "alpha" not in keys:
+        return stated.of(module)
+    tensor = read_numbers(source, keys["alpha"])
+    if tensor.numel() != 1:
+        raise FormatError(
+            f"{source.path}: {keys['alpha']} must be one number. Got {list(tensor.shape)}."
+        )
+    return Scale(float(tensor))
+
+
+def _remarks(source: Source, updates: Mapping[str, Update]) -> Iterator[str]:
+    silent = [
+        n for n, u in updates.items() if u.parts.scale.alpha is None and u.kind.name == "LoRA"
+    ]
+    peft = any(key.startswith("base_model.model.") for key in source.entries)
+    if silent and peft:
+        yield (
+            f"no alpha is stated for {len(silent)} of {len(updates)} modules (adapter_config.json is "
+            "not beside the file): a scale of 1 was assumed, alpha = rank"
+        )
+
+
+def _is_convolution(update: Update) -> bool:
+    down = next((p for p in ("down", "diff", "lokr_w2", "hada_t1") if p in update.parts), "")
+    return bool(down) and len(update.parts.shape(down)) == 4

@@ -7,6 +7,7 @@ of P numbers and `unpack` is its inverse; both go through the same frozen list o
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -72,6 +73,13 @@ class Layout:
     def scale(self) -> float:
         """alpha / rank: what B @ A is multiplied by."""
         return self.alpha / self.rank
+
+    @cached_property
+    def layers(self) -> int | None:
+        """Resnets per block of the UNet, which LDM names count by: up blocks have one attention more."""
+        up = re.compile(r"up_blocks\.\d+\.attentions\.(\d+)\.")
+        found = [int(m[1]) for m in map(up.match, (module.name for module in self.modules)) if m]
+        return max(found) or None if found else None
 
     def slices(self) -> Iterator[tuple[Module, slice, slice]]:
         """Where A (down) and B (up) of each module stand in a vector."""

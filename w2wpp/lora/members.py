@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from ..errors import FormatError, LayoutMismatch
-from ..files.container import Container, open_container
 from .delta import Factors
 from .families import (
     UNKNOWN,
@@ -29,7 +28,10 @@ from .families import (
     recognise,
     split_sizes,
 )
-from .files import FOLDED, _InMemory, _stated_alpha, _stated_number
+from .kinds import Scale
+from .source import InMemory, open_source
+from .source import Source as Tensors
+from .stated import stated_by
 
 _PART = re.compile(
     r"(?P<module>.+?)(?:\.lora_(?P<kohya>down|up)|\.lora_(?P<peft>[AB])(?:\.(?!weight$)[^.]+)?"
@@ -62,7 +64,7 @@ class Member:
     """One LoRA of a collection: its modules by name, each read when asked for."""
 
     name: str
-    file: Container | _InMemory
+    file: Tensors
     modules: Mapping[str, Source]
     apart: int = 0  # modules of text encoders
     unread: tuple[str, ...] = ()  # keys that are no update of a weight: biases, norms
@@ -102,18 +104,17 @@ class Member:
 
 def open_member(path: str | os.PathLike[str], name: str = "") -> Member:
     """A LoRA file, checked by its header; only the numbers alpha are read."""
-    with open_container(
-        path
-    ) as file:  # let go of: a collection is of more files than may be open at once
+    # Let go of: a collection is of more files than may be open at once.
+    with open_source(path) as file:
         return _member(file, name or Path(path).stem)
 
 
 def member_of_tensors(tensors: Mapping[str, Tensor], name: str = "this LoRA") -> Member:
     """The same of {key: tensor} in memory."""
-    return _member(_InMemory(Path(name), tensors), name)
+    return _member(InMemory(Path(name), tensors), name)
 
 
-def _member(file: Container | _InMemory, name: str) -> Member:
+def _member(file: Tensors, name: str) -> Member:
     halves, alphas, apart, unread = _sorted_keys(file)
     if not halves:
         more = f"; {apart} modules of text encoders are not a space's business" if apart else ""
@@ -121,11 +122,12 @@ def _member(file: Container | _InMemory, name: str) -> Member:
             f"{file.path} holds no LoRA of a diffusion model in a known spelling (first key: "
             f"{next(iter(file.entries), 'none')}){more}."
         )
-    folded = _stated_number(file, FOLDED)
-    default = None if folded else _stated_alpha(file)
+    stated = stated_by(file)
     modules = {}
     for module, keys in halves.items():
-        modules[module] = _source(file, module, keys, alphas.get(join_key(module)), default)
+        alpha = alphas.get(join_key(module))
+        scale = stated.of(module) if alpha is None else Scale(alpha)
+        modules[module] = _source(file, module, keys, scale)
     spelled: dict[str, str] = {}
     for module in modules:
         if other := spelled.get(join_key(module)):
@@ -135,7 +137,7 @@ def _member(file: Container | _InMemory, name: str) -> Member:
 
 
 def _sorted_keys(
-    file: Container | _InMemory,
+    file: Tensors,
 ) -> tuple[dict[str, dict[bool, str]], dict[str, float], int, list[str]]:
     """{module: {is it A: key}}, {joined module: alpha}, modules of text encoders, other keys."""
     halves: dict[str, dict[bool, str]] = {}
@@ -172,11 +174,10 @@ def _refuse_other_kinds(path: Path, key: str) -> None:
 
 
 def _source(
-    file: Container | _InMemory,
+    file: Tensors,
     module: str,
     keys: Mapping[bool, str],
-    alpha: float | None,
-    default: float | None,
+    scale: Scale,
 ) -> Source:
     if len(keys) < 2:
         raise FormatError(
@@ -194,11 +195,10 @@ def _source(
     kernel = down[2:] if len(down) > 2 else ()
     shape = Shape(down[1] * area, up[0], kernel)
     rank = down[0]
-    stated = alpha if alpha is not None else default
-    return Source(keys[True], keys[False], 1.0 if stated is None else stated / rank, rank, shape)
+    return Source(keys[True], keys[False], scale.of(rank), rank, shape)
 
 
-def _number(file: Container | _InMemory, key: str) -> float:
+def _number(file: Tensors, key: str) -> float:
     tensor = file.read(key)
     if tensor.numel() != 1:
         raise FormatError(f"{file.path}: {key} must be one number. Got {list(tensor.shape)}.")

@@ -22,6 +22,7 @@ from ..files.container import open_container, write_container
 from ..lora.layout import Layout
 from .compute import Compute
 from .dataset import VectorDataset, ahead, check_holdout
+from .gather import public
 from .ranks import Ranks
 
 FORMAT = "w2wpp.basis"
@@ -79,7 +80,7 @@ def project_dataset(
         ranks.sum(outside),
         dataset.identity,
         dataset.heldout,
-        dict(dataset.provenance),
+        public(dataset.provenance),
     )
 
 
@@ -156,7 +157,7 @@ def load_coefficients(path: str | os.PathLike[str]) -> tuple[Coefficients, Basis
     with reading(f"{path}: the configuration of this basis"):
         layout = Layout.from_json(file.config["layout"])
         basis = Basis.from_container(file, layout, file.config["basis"])
-        provenance = dict(file.config.get("provenance", {}))
+        provenance = public(file.config.get("provenance", {}))
     n = file.require("coefficients", (None, basis.n_components), torch.float32).shape[0]
     file.require("outside", (n,), torch.float32)
     file.require("identity", (n,), torch.int64)

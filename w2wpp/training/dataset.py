@@ -3,7 +3,8 @@
 metadata   format "w2wpp.dataset", format_version "1", config (JSON: layout, label_names,
 provenance) vectors    [N, P] single or half precision identity   [N] int64, the person a row belongs to;
 several rows may share one heldout    [N] bool, rows kept out of every fit labels     [N, A] single
-precision, optional
+precision, optional vectors.kept_energy    [N] single precision, optional: the share of its update's
+energy that a row kept in the layout's rank
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from ..files.container import (
 from ..lora.layout import Layout
 
 FORMAT = "w2wpp.dataset"
+KEPT = "vectors.kept_energy"  # behind "vectors", because tensors are written in the order of their names
 RowsFrom = Callable[[int], Iterator[Tensor]]  # chunks [n, P] from a row on
 CHUNK_BYTES = 128 << 20  # of single-precision vectors held at a time
 PRECISIONS = {"single": torch.float32, "half": torch.float16}  # of vectors in files
@@ -147,13 +149,16 @@ def write_dataset(
     heldout: Tensor | None = None,
     labels: Tensor | None = None,
     label_names: Sequence[str] = (),
+    kept: Iterable[Tensor] | None = None,
     provenance: Mapping[str, Any] | None = None,
     precision: str = "single",
 ) -> VectorDataset:
     """Write vectors [N, P], or chunks [n, P] of them that add up to N, and open the result.
 
     Given as a function, `vectors(start)` yields chunks from row `start` on; then a write that was
-    killed is taken up where it stood. Precision is "single" or "half".
+    killed is taken up where it stood. `kept` are chunks of the share of its energy that every row
+    kept on its way in, [N]; they are asked for once the vectors are through. Precision is "single"
+    or "half".
     """
     if precision not in PRECISIONS:
         raise ConfigError(
@@ -179,6 +184,8 @@ def write_dataset(
     }
     if labels is not None:
         tensors["labels"] = labels.float()
+    if kept is not None:
+        tensors[KEPT] = Streamed(torch.float32, (n,), kept)
     config = {
         "layout": layout.to_json(),
         "label_names": list(label_names),

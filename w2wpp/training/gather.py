@@ -1,21 +1,89 @@
-"""`w2wpp dataset`: LoRA files to a data set of vectors."""
+"""`w2wpp dataset`: LoRA files of many people as rows of a data set; who each is, in which gauge, what each lost."""
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..encode import aligned, vector_in
+from ..encode import read_any, vector_in
 from ..errors import ConfigError, DataError
 from ..files.tables import read_labels
-from ..lora.files import load_lora
+from ..lora.gauge import towards
 from ..lora.layout import Layout
+from ..lora.match import Match, match_modules
+from ..lora.source import ADAPTERS, PICKLED
+from ..space import Space
 from ..spacefile import load_space
 from .dataset import VectorDataset, holdout_by_identity, write_dataset
+
+# Folders and files that training scripts put around or beside an adapter.
+_INNER_FOLDER = re.compile(r"unet|lora|adapter|final|last|best|checkpoint-\d+|step[-_]?\d+", re.I)
+_BESIDE = re.compile(
+    r"(optimizer|scheduler|scaler|rng_state|random_states|training_args|trainer_state)", re.I
+)
+HASH = 16  # hex digits of what stands for a name
+
+
+@dataclass
+class Losses:
+    """What every row lost on its way into the layout, filled while the rows are read."""
+
+    names: list[str] = field(default_factory=list)
+    kept: list[float] = field(default_factory=list)  # share of |Delta|^2 that the rank holds
+    missing: list[float] = field(
+        default_factory=list
+    )  # share of the layout's modules taken as no update
+    ignored: list[int] = field(default_factory=list)  # modules outside of the layout
+
+    def add(self, name: str, kept: float, match: Match) -> None:
+        self.names.append(name)
+        self.kept.append(kept)
+        self.missing.append(len(match.missing) / len(match.layout.modules))
+        self.ignored.append(len(match.ignored))
+
+    def summary(self) -> dict[str, Any]:
+        """The distributions and the worst rows by name, for whoever makes the data set."""
+        worst = sorted(range(len(self.kept)), key=lambda i: (self.kept[i], -self.missing[i]))[:5]
+        return {
+            "kept_energy": _quantiles(self.kept),
+            "missing_modules": _quantiles(self.missing),
+            "rows_with_modules_outside": sum(n > 0 for n in self.ignored),
+            "worst": [
+                {
+                    "file": self.names[i],
+                    "kept_energy": round(self.kept[i], 4),
+                    "missing_modules": round(self.missing[i], 4),
+                }
+                for i in worst
+                if self.kept[i] < 1 - 1e-4 or self.missing[i] > 0
+            ],
+        }
+
+    def require(self, min_energy: float, max_missing: float) -> None:
+        poor = [i for i, kept in enumerate(self.kept) if kept < min_energy]
+        gaps = [i for i, share in enumerate(self.missing) if share > max_missing]
+        if poor:
+            i = min(poor, key=lambda i: self.kept[i])
+            raise DataError(
+                f"{len(poor)} of {len(self.kept)} LoRAs keep less than {min_energy:.0%} of their energy "
+                f"in the layout's rank (worst: {self.names[i]}, {self.kept[i]:.1%}). Use a layout of a "
+                "higher rank, leave them out, or take them all the same with --min-energy 0."
+            )
+        if gaps:
+            i = max(gaps, key=lambda i: self.missing[i])
+            raise DataError(
+                f"{len(gaps)} of {len(self.kept)} LoRAs lack more than {max_missing:.0%} of the layout's "
+                f"modules (worst: {self.names[i]}, {self.missing[i]:.1%}), which would be taken as "
+                "unchanged. Leave them out, or take them all the same with --max-missing 1."
+            )
 
 
 def gather_loras(
@@ -28,45 +96,189 @@ def gather_loras(
     seed: int = 0,
     labels: str | os.PathLike[str] | None = None,
     gauge: str = "keep",
+    min_energy: float = 0.5,
+    max_missing: float = 0.25,
+    assume_family: bool = False,
+    losses: Losses | None = None,
 ) -> VectorDataset:
     """Write the LoRA files in folders, sorted by path, as a data set.
 
     Each file is a person, or with ``person_is="folder"`` each folder; a share of the persons is held out. ``labels`` is
     a table by the file's name, its stem or its folder. ``gauge`` keeps the files' own, brings every LoRA, of any rank,
-    into that of the "first", or into that of a space file.
+    into that of the "first", or into that of a space file. LoRAs that keep less than ``min_energy`` of their update in
+    the layout's rank, or lack more than ``max_missing`` of its modules, raise DataError; ``losses`` is filled with what
+    every one lost.
     """
-    paths = sorted(p for folder in folders for p in Path(folder).rglob("*.safetensors"))
-    if not paths:
-        raise DataError(f"No .safetensors files in {', '.join(map(str, folders))}.")
-    persons = [str(p.parent if person_is == "folder" else p) for p in paths]
-    number = {person: i for i, person in enumerate(dict.fromkeys(persons))}
-    identity = torch.tensor([number[person] for person in persons])
+    for name, share in (("min_energy", min_energy), ("max_missing", max_missing)):
+        if not 0 <= share <= 1:
+            raise ConfigError(f"{name} is a share between 0 and 1. Got {share}.")
+    paths = find_loras(folders)
+    people = [person_of(path) for path in paths]
+    if person_is == "folder":
+        people = [path.parent if person == path else person for path, person in zip(paths, people)]
+    number = {person: i for i, person in enumerate(dict.fromkeys(people))}
+    identity = torch.tensor([number[person] for person in people])
     generator = torch.Generator().manual_seed(seed)
-    read = _reader(paths, layout, gauge)
     table = read_labels(labels) if labels else None
-    values = None
-    if table is not None:
-        values = torch.stack([table.of(p.name, p.stem, p.parent.name) for p in paths])
+    values = None if table is None else torch.stack([table.of(*names_of(p)) for p in paths])
+    found = Losses() if losses is None else losses
+    towards = gauge if gauge in ("keep", "first") else load_space(gauge)
+    rows = vectors(paths, layout, towards, found, assume_family=assume_family)
+
+    def kept() -> Iterator[Tensor]:  # asked for once all rows are through
+        found.require(min_energy, max_missing)
+        yield torch.tensor(found.kept)
+
     return write_dataset(
         output,
-        (read(path)[None] for path in paths),
+        (w[None] for w in rows),
         layout,
         identity,
         heldout=holdout_by_identity(identity, heldout, generator=generator),
         labels=values,
         label_names=table.names if table is not None else (),
-        provenance={"files": [p.name for p in paths], "identity": person_is, "seed": seed},
+        kept=kept(),
+        provenance={
+            **origin(paths),
+            "identity": person_is,
+            "seed": seed,
+            "gauge": gauge if gauge in ("keep", "first") else "a space's",
+        },
     )
 
 
-def _reader(paths: Sequence[Path], layout: Layout, gauge: str) -> Callable[[Path], Tensor]:
-    """What reads the vector [P] of a file in the gauge asked for; opens what that needs, before anything is written."""
-    if gauge == "keep":
-        return lambda path: load_lora(path).vector(layout)
+def find_loras(folders: Sequence[str | os.PathLike[str]]) -> list[Path]:
+    """The LoRA files in folders and below: safetensors, and PyTorch's files where no safetensors is beside."""
+    found = set()
+    for folder in folders:
+        for path in Path(folder).rglob("*"):
+            suffix = path.suffix.lower()
+            usable = suffix == ".safetensors" or suffix in PICKLED
+            if not usable or path.name.startswith(".") or _BESIDE.match(path.name):
+                continue
+            if suffix != ".safetensors" and path.with_suffix(".safetensors").is_file():
+                continue
+            if path.is_file():
+                found.add(path)
+    if not found:
+        raise DataError(f"No .safetensors files in {', '.join(map(str, folders))}.")
+    return sorted(found)
+
+
+def person_of(path: Path) -> Path:
+    """What names a LoRA's person: the file, or the folder that a training script wrote one for.
+
+    PEFT and diffusers call every file the same, as in 17/unet/adapter_model.safetensors.
+    """
+    if path.name not in ADAPTERS:
+        return path
+    folder = path.parent
+    while _INNER_FOLDER.fullmatch(folder.name) and folder.parent != folder:
+        folder = folder.parent
+    return folder
+
+
+def names_of(path: Path) -> tuple[str, ...]:
+    """By what a table may call a LoRA, most particular first."""
+    person = person_of(path)
+    own = (person.name,) if person != path else (path.name, path.stem)
+    return tuple(dict.fromkeys((*own, path.name, path.stem, path.parent.name)))
+
+
+def name_hash(name: str) -> str:
+    return hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:HASH]
+
+
+def origin(paths: Sequence[Path]) -> dict[str, Any]:
+    """What a data set says of its files: how many, and hashes of their names, which may be people's."""
+    rows = [name_hash(_row_name(path)) for path in paths]
+    return {"files": len(paths), "files_sha256": name_hash("\n".join(rows)), "rows": rows}
+
+
+def _row_name(path: Path) -> str:
+    person = person_of(path)
+    return person.name if person != path else path.stem
+
+
+def row_numbers(provenance: Mapping[str, Any], count: int) -> Mapping[str, int]:
+    """{name hash: row} of a data set; by number where it says nothing of names."""
+    rows = provenance.get("rows")
+    if isinstance(rows, list) and len(rows) == count:
+        return {str(row): i for i, row in enumerate(rows)}
+    files = provenance.get("files")
+    if isinstance(files, list) and len(files) == count:  # of releases up to 0.1
+        return {name_hash(Path(str(name)).stem): i for i, name in enumerate(files)}
+    return {name_hash(str(i)): i for i in range(count)}
+
+
+def public(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """What a file that is passed on may say of its data: no names, not even as hashes one by one."""
+    facts = {k: v for k, v in provenance.items() if k != "rows"}
+    files = facts.get("files")
+    if isinstance(files, list):
+        hashes = [name_hash(Path(str(name)).stem) for name in files]
+        facts.update(files=len(files), files_sha256=name_hash("\n".join(hashes)))
+    return facts
+
+
+def vectors(
+    paths: Sequence[Path],
+    layout: Layout,
+    gauge: str | Space,
+    losses: Losses,
+    *,
+    assume_family: bool = False,
+) -> Iterator[Tensor]:
+    """The vectors [P] of files, in the gauge asked for: "keep", "first" or that of a space."""
+    if isinstance(gauge, Space) and gauge.layout != layout:
+        raise ConfigError(
+            f"The space has the layout '{gauge.layout.name}'; give it as --layout too."
+        )
+    reference = None
     if gauge == "first":
-        first = aligned(load_lora(paths[0]), layout, None)
-        return lambda path: aligned(load_lora(path), layout, first)
-    space = load_space(gauge)
-    if space.layout != layout:
-        raise ConfigError(f"{gauge} has the layout '{space.layout.name}'; give it as --layout too.")
-    return lambda path: vector_in(space, load_lora(path))
+        reference = reference_of(paths, layout, assume_family=assume_family)
+    for path in paths:
+        file = read_any(path, layout)
+        if isinstance(gauge, Space):
+            w, match = vector_in(gauge, file, assume_family=assume_family)
+        else:
+            match = match_modules(file, layout, assume_family=assume_family)
+            w = file.vector(layout) if reference is None else _turned(match, reference)
+        losses.add(str(path), _kept(match, w), match)
+        yield w
+
+
+def reference_of(paths: Sequence[Path], layout: Layout, *, assume_family: bool = False) -> Tensor:
+    """A vector [P] to turn LoRAs towards: of every module, the first file's that has it."""
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    for path in paths:
+        match = match_modules(read_any(path, layout), layout, assume_family=assume_family)
+        own = match.own()
+        lora = match.balanced()[0] if own is None else layout.unpack(own)
+        for name, delta in match.deltas.items():
+            if name not in found and delta.square() > 0:
+                found[name] = lora[name]
+        if len(found) == len(layout.modules):
+            break
+    zero = layout.unpack(torch.zeros(layout.size, dtype=torch.float64))
+    pairs = {n: found.get(n, zero[n]) for n in zero}
+    return layout.pack({n: (a.double(), b.double()) for n, (a, b) in pairs.items()}).float()
+
+
+def _turned(match: Match, reference: Tensor) -> Tensor:
+    balanced, _ = match.balanced()
+    return towards(balanced, match.layout, reference)
+
+
+def _kept(match: Match, w: Tensor) -> float:
+    """The share of |Delta|^2 in the layout's modules that a vector [P] holds."""
+    total = match.square()
+    if total == 0:
+        return 1.0
+    return max(0.0, 1.0 - match.error(w) ** 2)
+
+
+def _quantiles(values: Sequence[float]) -> dict[str, float]:
+    t = torch.tensor(sorted(values), dtype=torch.float64)
+    places = {"least": 0.0, "tenth": 0.1, "median": 0.5, "most": 1.0}
+    return {name: round(float(torch.quantile(t, q)), 4) for name, q in places.items()}

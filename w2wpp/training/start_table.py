@@ -41,6 +41,7 @@ from .fit_start import (
     to_bank,
     train_reader,
 )
+from .gather import name_hash, row_numbers
 
 COLUMNS = ("picture", "person")
 LEAST_READ = 0.3  # slope below which a reader is too poor for its answers to be stretched
@@ -131,10 +132,11 @@ def fit_start_table(
 
 def read_table(path: Path, dataset: VectorDataset) -> PictureTable:
     """Check everything that can be checked before a picture is opened."""
-    number = _row_numbers(dataset)
+    number = row_numbers(dataset.provenance, len(dataset))
     pictures, rows, values = [], [], []
     for where, picture, (person, *labels) in picture_lines(path, COLUMNS):
-        if person and person not in number:
+        row = _row_of(person, number)
+        if person and row < 0:
             raise DataError(
                 f"{where}: the data set has no LoRA {person!r}. Leave the person empty if there is none."
             )
@@ -142,7 +144,7 @@ def read_table(path: Path, dataset: VectorDataset) -> PictureTable:
             raise DataError(f"{where}: a picture without a person needs labels.")
         values.append([finite_number(v, where) for v in labels])
         pictures.append(picture)
-        rows.append(number[person] if person else -1)
+        rows.append(row)
     found = torch.tensor(values)
     return PictureTable(tuple(pictures), torch.tensor(rows), found if found.shape[1] else None)
 
@@ -186,8 +188,9 @@ def _shown(table: PictureTable, count: int) -> Tensor:
     return torch.bincount(table.row[table.row >= 0], minlength=count) > 0
 
 
-def _row_numbers(dataset: VectorDataset) -> Mapping[str, int]:
-    """Rows of a data set by the name and by the stem of their LoRA files, by number where it names no files."""
-    files = dataset.provenance.get("files", [str(i) for i in range(len(dataset))])
-    stems = {Path(name).stem: i for i, name in enumerate(files)}
-    return {**stems, **{name: i for i, name in enumerate(files)}}
+def _row_of(person: str, number: Mapping[str, int]) -> int:
+    """The row of the LoRA that a table calls by its name or its stem; -1 if there is none."""
+    if not person:
+        return -1
+    hashes = (name_hash(person), name_hash(Path(person).stem))
+    return next((number[h] for h in hashes if h in number), -1)
