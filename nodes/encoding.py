@@ -4,6 +4,7 @@ from comfy_api.latest import io, ui
 
 from .. import w2wpp
 from .host import folders, tensors
+from .host.model import base_weights
 from .types import IdentitySocket, LoraSocket, People, SpaceSocket, schema
 
 NO_FILE = "none"
@@ -40,6 +41,12 @@ class EncodeLora(io.ComfyNode):
                     optional=True,
                     tooltip="A LoRA from another node, instead of a file.",
                 ),
+                io.Model.Input(
+                    "model",
+                    optional=True,
+                    tooltip="The base model that the LoRA was trained on. Needed for DoRA, whose changes depend on the "
+                    "base model's weights, and for LoRAs that do not tell which base model they are for.",
+                ),
             ],
             outputs=[
                 IdentitySocket.Output(
@@ -63,19 +70,25 @@ class EncodeLora(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(
-        cls, space=None, file: str = NO_FILE, keep_residual: bool = False, lora=None
+        cls, space=None, file: str = NO_FILE, keep_residual: bool = False, lora=None, model=None
     ):
         return NO_FILE if file == NO_FILE else folders.file_stamp(folders.lora_path(file))
 
     @classmethod
-    def execute(cls, space, file: str, keep_residual: bool, lora=None) -> io.NodeOutput:
+    def execute(cls, space, file: str, keep_residual: bool, lora=None, model=None) -> io.NodeOutput:
         if (lora is None) == (file == NO_FILE):
             raise w2wpp.ConfigError(
                 "Encode LoRA takes one LoRA: either choose a file, or connect 'lora' and set the file to 'none'."
             )
         with tensors.ordinary_tensors():
             source = folders.lora_path(file) if lora is None else lora
-            identity, report = w2wpp.encode_lora(space, source, residual=keep_residual)
+            identity, report = w2wpp.encode_lora(
+                space,
+                source,
+                residual=keep_residual,
+                base=None if model is None else base_weights(model, space.layout),
+                assume_family=model is not None,
+            )
         people = People(identity, space)
         return io.NodeOutput(
             people, str(report), report.update_error, ui=ui.PreviewText(str(report))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import comfy.lora
@@ -12,7 +13,9 @@ from ...w2wpp import Layout, NoiseSchedule
 from ...w2wpp.errors import ConfigError, LayoutMismatch
 from ...w2wpp.lora.families import join_key
 
-Target = str | tuple  # the host's name of a weight, or (name, (dimension, start, length), ...) of a part of one
+Target = (
+    str | tuple
+)  # the host's name of a weight, or (name, (dimension, start, length), ...) of a part of one
 
 
 def check_fit(model: Any, layout: Layout) -> dict[str, Target]:
@@ -65,6 +68,20 @@ def place_of(target: Target) -> tuple[str, tuple[int, int, int] | None, Any]:
         return target, None, None
     key, rows, *function = target
     return key, rows, function[0] if function else None
+
+
+def base_weights(model: Any, layout: Layout) -> Callable[[str], Tensor]:
+    """The model's own weight [out, in] of a module of ``layout``, as its checkpoint has it, without any patches."""
+    targets = check_fit(model, layout)
+
+    def weight(module: str) -> Tensor:
+        key, rows, _ = place_of(targets[module])
+        saved = model.backup.get(key)  # of what is patched in memory right now
+        found = model.model.state_dict()[key] if saved is None else saved.weight
+        found = found.detach().float().cpu().flatten(1)
+        return found if rows is None else found.narrow(*rows)
+
+    return weight
 
 
 def model_name(model: Any) -> str:

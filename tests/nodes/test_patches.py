@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from w2wpp import Layout, Module
-from w2wpp.lora.files import kohya_tensors
+from w2wpp.lora.write import kohya_tensors
 
 REPO = Path(__file__).resolve().parents[2]
 

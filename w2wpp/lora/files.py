@@ -44,6 +44,7 @@ class Update:
 
     @property
     def kind_name(self) -> str:
+        """As trainers call it."""
         return f"{self.kind.name} with DoRA" if self.needs_base else self.kind.name
 
     @property

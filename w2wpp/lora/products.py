@@ -52,9 +52,11 @@ class Dense:
         return self.d.shape[0], self.d.shape[1]
 
     def square(self) -> float:
+        """|d|^2."""
         return float(self.d.double().square().sum())
 
     def square_from(self, a: Tensor, b: Tensor) -> float:
+        """The squared distance to a product."""
         return float((self.d.double() - b.double() @ a.double()).square().sum())
 
     def best(self, rank: int) -> tuple[Tensor, Tensor, float]:

@@ -38,6 +38,7 @@ class InMemory:
         pass
 
     def read(self, key: str, *, finite: bool = True) -> Tensor:
+        """A tensor as it is stored."""
         tensor = self.entries[key].detach().cpu()
         if finite and not bool(torch.isfinite(tensor).all()):
             raise FormatError(f"{self.path}: the tensor '{key}' holds NaN or infinite numbers.")

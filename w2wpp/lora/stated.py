@@ -40,6 +40,7 @@ class Stated:
     where: str = ""
 
     def of(self, module: str) -> Scale:
+        """What is stated for a module, patterns first."""
         alpha = _matched(self.alphas, module)
         rank = _matched(self.ranks, module)
         return Scale(
@@ -73,6 +74,7 @@ def _config_beside(source: Source) -> Path | None:
 
 
 def stated_number(source: Source, key: str) -> float | None:
+    """A number in the metadata; raises if it is none."""
     try:
         number = float(source.metadata[key]) if key in source.metadata else None
     except ValueError:

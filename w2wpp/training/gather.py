@@ -44,6 +44,7 @@ class Losses:
     ignored: list[int] = field(default_factory=list)  # modules outside of the layout
 
     def add(self, name: str, kept: float, match: Match) -> None:
+        """One more row."""
         self.names.append(name)
         self.kept.append(kept)
         self.missing.append(len(match.missing) / len(match.layout.modules))
@@ -68,6 +69,7 @@ class Losses:
         }
 
     def require(self, min_energy: float, max_missing: float) -> None:
+        """Raise DataError where rows lost more than that."""
         poor = [i for i, kept in enumerate(self.kept) if kept < min_energy]
         gaps = [i for i, share in enumerate(self.missing) if share > max_missing]
         if poor:
@@ -186,6 +188,7 @@ def names_of(path: Path) -> tuple[str, ...]:
 
 
 def name_hash(name: str) -> str:
+    """What stands for a name where the name itself must not."""
     return hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:HASH]
 
 

@@ -7,6 +7,8 @@ from .parts import Parts
 
 
 class Difference:
+    """W' - W itself."""
+
     name = "full difference"
     parts = frozenset({"diff"})
 

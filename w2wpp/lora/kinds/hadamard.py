@@ -10,6 +10,8 @@ from .parts import Parts, scaled
 
 
 class Hadamard:
+    """Two pairs of matrices, (B1 A1) * (B2 A2)."""
+
     name = "LoHa"
     parts = frozenset({"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"})
 

@@ -10,6 +10,8 @@ from .parts import Parts, scaled
 
 
 class Kronecker:
+    """Two factors, each a matrix or a pair of them."""
+
     name = "LoKr"
     parts = frozenset(
         {"lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"}

@@ -10,6 +10,8 @@ from .parts import Parts, scaled
 
 
 class LowRank:
+    """Two matrices, B A."""
+
     name = "LoRA"
     parts = frozenset({"down", "up", "mid"})
 

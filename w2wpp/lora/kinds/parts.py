@@ -23,6 +23,7 @@ class Scale:
     rank: int | None = None  # the configuration's, for kinds whose tensors do not show it
 
     def of(self, rank: int) -> float:
+        """What B A is multiplied by."""
         if self.alpha is None or rank == 0:
             return 1.0
         return self.alpha / (sqrt(rank) if self.root else rank)
@@ -41,9 +42,11 @@ class Parts:
         return part in self.keys
 
     def shape(self, part: str) -> tuple[int, ...]:
+        """Of a tensor, by the header."""
         return tuple(self.source.entries[self.need(part)].shape)
 
     def read(self, part: str) -> Tensor:
+        """A tensor in single precision, finite."""
         return read_numbers(self.source, self.need(part))
 
     def matrix(self, part: str) -> Tensor:
@@ -51,11 +54,13 @@ class Parts:
         return self.read(part).flatten(1)
 
     def need(self, part: str) -> str:
+        """The key of a part; raises if the file does not have it."""
         if part not in self.keys:
             raise self.error(f"lacks its part '{part}'. Get the file again.")
         return self.keys[part]
 
     def error(self, text: str) -> FormatError:
+        """That names the file and the module."""
         return FormatError(f"{self.source.path}: {self.module} {text}")
 
 
@@ -75,4 +80,5 @@ class Kind(Protocol):
 
 
 def scaled(a: Tensor, b: Tensor, scale: float) -> Product:
+    """scale * b a."""
     return Product(a, b if scale == 1.0 else b * scale)

@@ -10,6 +10,8 @@ from .parts import Parts
 
 @dataclass(frozen=True)
 class Refused:
+    """A kind by name, with the reason why it is not taken."""
+
     name: str
     parts: frozenset[str]
     why: str
