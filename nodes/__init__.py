@@ -7,14 +7,19 @@ from .avatars import ExamplePortrait, LoadAvatarModel
 from .collections import CompareLoras, SpaceFromLoras
 from .edits import EditIdentity
 from .encoding import EncodeLora
-from .host import folders
+from .explore import Explore
+from .host import folders, gallery
 from .identities import Interpolate, PickIdentity, SampleIdentity
 from .identity_files import LoadIdentity, SaveIdentity
 from .inversion import InvertFromImage
+from .mixing import Mix
+from .regions import IdentityHooks
+from .sliders import Sliders
 from .spaces import LoadSpace, SpaceInfo
 
 NODES: list[type[io.ComfyNode]] = [
     LoadSpace,
+    Explore,
     SpaceFromLoras,
     SampleIdentity,
     InvertFromImage,
@@ -22,8 +27,11 @@ NODES: list[type[io.ComfyNode]] = [
     LoadIdentity,
     Interpolate,
     PickIdentity,
+    Mix,
     EditIdentity,
+    Sliders,
     ApplyDecodedLora,
+    IdentityHooks,
     SaveIdentity,
     SpaceInfo,
     CompareLoras,
@@ -36,4 +44,5 @@ class W2WExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         folders.register_folders()  # before the first schema lists the spaces
         folders.register_help()
+        gallery.register_routes()
         return NODES

@@ -3,7 +3,7 @@
 from comfy_api.latest import io
 
 from .. import w2wpp
-from .host import folders, tensors
+from .host import attributes, folders, tensors
 from .types import IdentitySocket, People, schema
 
 NO_ATTRIBUTE = "no installed space has attributes"
@@ -22,7 +22,7 @@ class EditIdentity(io.ComfyNode):
                 IdentitySocket.Input("identity", tooltip="Who to edit: one person or several."),
                 io.Combo.Input(
                     "attribute",
-                    options=folders.attribute_names() or [NO_ATTRIBUTE],
+                    options=attributes.attribute_names() or [NO_ATTRIBUTE],
                     tooltip="What to change. The list holds the attributes of all installed spaces; W2W++ Space Info "
                     "tells which of them the identity's space has.",
                 ),
@@ -53,7 +53,7 @@ class EditIdentity(io.ComfyNode):
 
 
 def _require_known(attribute: str) -> None:
-    known = folders.attribute_names()
+    known = attributes.attribute_names()
     if attribute not in known:
         raise w2wpp.ConfigError(
             f"None of the installed spaces has the attribute {attribute!r}. They have: "

@@ -9,7 +9,15 @@ from .. import w2wpp
 from ..w2wpp.identity import MOST_STEPS
 from ..w2wpp.mixtures import sample_mixtures
 from .host import tensors
-from .types import IdentitySocket, People, SpaceSocket, schema
+from .types import (
+    IdentitySocket,
+    People,
+    SpaceSocket,
+    one_person,
+    same_space,
+    schema,
+    seed_of_people,
+)
 
 
 class SampleIdentity(io.ComfyNode):
@@ -30,14 +38,7 @@ class SampleIdentity(io.ComfyNode):
                 SpaceSocket.Input(
                     "space", tooltip="The space to draw from, from W2W++ Load Space."
                 ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=True,
-                    tooltip="Who is drawn. One seed, one set of people, on every machine.",
-                ),
+                seed_of_people("Who is drawn. One seed, one set of people, on every machine."),
                 io.Float.Input(
                     "truncation",
                     default=1.0,
@@ -134,6 +135,9 @@ class Interpolate(io.ComfyNode):
     ) -> io.NodeOutput:
         if not 1 <= steps <= MOST_STEPS:
             raise w2wpp.ConfigError(f"A walk takes 1 to {MOST_STEPS:,} steps. Got {steps}.")
+        for name, people in (("identity_a", identity_a), ("identity_b", identity_b)):
+            one_person(people, name, "W2W++ Interpolate")
+        same_space(identity_a, identity_b, ("identity_a", "identity_b"), "W2W++ Interpolate")
         stops = torch.linspace(0.0, position, steps).tolist() if steps > 1 else [position]
         with tensors.ordinary_tensors():
             walk = w2wpp.interpolate(
@@ -167,6 +171,7 @@ class PickIdentity(io.ComfyNode):
     def execute(cls, identity, index: int) -> io.NodeOutput:
         if not 0 <= index < len(identity):
             raise w2wpp.ConfigError(
-                f"There is nobody with index {index}: the {len(identity)} connected go from 0 to {len(identity) - 1}."
+                f"There is nobody with index {index}: the {len(identity)} people connected to W2W++ Pick Identity go "
+                f"from 0 to {len(identity) - 1}."
             )
         return io.NodeOutput(People(identity.identity[index], identity.space))

@@ -19,7 +19,7 @@ from .host.model import noise_schedule, usual_size
 from .host.pictures import picture_latents
 from .host.plan import Plan, plan_run
 from .host.progress import Watch
-from .types import IdentitySocket, People, SpaceSocket, advanced, schema
+from .types import IdentitySocket, People, SpaceSocket, advanced, schema, seed_of_people
 
 PREVIEWS = 8  # in a run, unless somebody says how often
 PREVIEW_STEPS = 8  # enough to know the face by
@@ -73,13 +73,8 @@ class InvertFromImage(io.ComfyNode):
                     max=10000,
                     tooltip="How many steps to take. 0 takes the method's own number.",
                 ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=True,
-                    tooltip="Of the noise under which the picture is looked at. The result hardly depends on it.",
+                seed_of_people(
+                    "Of the noise under which the picture is looked at. The result hardly depends on it."
                 ),
                 io.Mask.Input(
                     "mask",

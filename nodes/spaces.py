@@ -6,7 +6,8 @@ from typing import Any
 from comfy_api.latest import io, ui
 
 from .. import w2wpp
-from .host import folders, tensors
+from ..w2wpp.attributes import extended
+from .host import attributes, folders, tensors
 from .types import SpaceSocket, schema
 
 DEFAULT_SPACE = "avatars.safetensors"
@@ -43,12 +44,14 @@ class LoadSpace(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, space: str = ""):
-        return folders.file_stamp(folders.space_path(space))
+        added = attributes.attributes_stamp(folders.space_header(space).fingerprint)
+        return f"{folders.file_stamp(folders.space_path(space))} {added}"
 
     @classmethod
     def execute(cls, space: str) -> io.NodeOutput:
         with tensors.ordinary_tensors():
-            return io.NodeOutput(w2wpp.load_space(folders.space_path(space)))
+            opened = w2wpp.load_space(folders.space_path(space))
+            return io.NodeOutput(extended(opened, attributes.attributes_of(opened)))
 
 
 class SpaceInfo(io.ComfyNode):

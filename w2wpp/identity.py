@@ -17,6 +17,7 @@ from .files.container import open_container, write_container
 
 FORMAT = "w2wpp.identity"
 MOST_STEPS = 100_000  # of a walk
+LARGEST_PICTURE, MOST_PICTURES = 512, 64
 
 
 class Decoder(Protocol):
@@ -138,7 +139,7 @@ def interpolate(
         raise ConfigError(f"Interpolation goes by 'slerp' or 'lerp'. Got {mode!r}.")
     if len(a) != 1 or len(b) != 1:
         raise ShapeError(
-            f"Interpolation takes one identity at each end; pick with [i]. Got {len(a)} and "
+            f"Interpolation takes one identity at each end. Got {len(a)} and "
             f"{len(b)}."
         )
     require_same_space(a.space_fingerprint, b.space_fingerprint)
@@ -160,9 +161,23 @@ def interpolate(
     return Identity(z, a.space_fingerprint, residual, how)
 
 
-def save_identity(identity: Identity, path: str | os.PathLike[str], *, new: bool = False) -> None:
-    """Write an identity; with `new` only if no file has the name (else FileExistsError)."""
+def save_identity(
+    identity: Identity,
+    path: str | os.PathLike[str],
+    pictures: Tensor | None = None,
+    *,
+    new: bool = False,
+) -> None:
+    """Write an identity; with pictures [n, H, W, 3] of bytes of what it looks like. With `new` only if no file has
+    the name (else FileExistsError)."""
     tensors = {"z": identity.z.float()}
+    if pictures is not None:
+        if pictures.ndim != 4 or pictures.shape[-1] != 3 or pictures.dtype != torch.uint8:
+            raise ShapeError(
+                f"Pictures of an identity are [n, H, W, 3] of bytes. Got {list(pictures.shape)} "
+                f"{pictures.dtype}."
+            )
+        tensors["pictures"] = pictures
     if identity.residual is not None:
         tensors["residual"] = identity.residual.float()
     config = {
@@ -187,6 +202,17 @@ def load_identity(path: str | os.PathLike[str]) -> Identity:
             file.require("residual", (rows, None), torch.float32)
             residual = file.read("residual")
         return Identity(file.read("z"), fingerprint, residual, provenance)
+
+
+def load_pictures(path: str | os.PathLike[str]) -> Tensor | None:
+    """The pictures [n, H, W, 3] in an identity file, as bytes; None if it has none."""
+    with open_container(path, FORMAT) as file:
+        if "pictures" not in file:
+            return None
+        shape = file.require("pictures", (None, None, None, 3), torch.uint8).shape
+        if 0 in shape or max(shape[1:3]) > LARGEST_PICTURE or shape[0] > MOST_PICTURES:
+            raise FormatError(f"{path}: pictures of the size {list(shape)} are none.")
+        return file.read("pictures")
 
 
 def require_same_space(identity: str, space: str, name: str = "") -> None:

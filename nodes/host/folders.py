@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import folder_paths
+from torch import Tensor
 
 import nodes  # the host's, not this package
 
@@ -53,7 +54,7 @@ def register_help() -> None:
 
 def space_names() -> list[str]:
     """Names of the files that hold spaces, or may: one that can't be read stays, so that loading it says why."""
-    return [name for name, path in _model_files().items() if stored_format(path) in (SPACE, None)]
+    return [name for name, path in model_files().items() if stored_format(path) in (SPACE, None)]
 
 
 def space_path(name: str) -> str:
@@ -63,7 +64,7 @@ def space_path(name: str) -> str:
             f"There is no space {name!r} in models/{CATEGORY}/. Installed are: {', '.join(space_names()) or 'none'}. "
             f"{SD15_HELP} Then press R to refresh the lists."
         )
-    return _model_files()[name]
+    return model_files()[name]
 
 
 def space_header(name: str) -> SpaceHeader:
@@ -72,13 +73,10 @@ def space_header(name: str) -> SpaceHeader:
     return _space_header(path, file_stamp(path))
 
 
-def attribute_names() -> list[str]:
-    """The attributes that at least one of the installed spaces can edit."""
-    found: set[str] = set()
-    for path in _model_files().values():
-        if stored_format(path) == SPACE:
-            found.update(_space_header(path, file_stamp(path)).attributes)
-    return sorted(found)
+def space_headers() -> list[SpaceHeader]:
+    """Of all installed spaces that can be read."""
+    spaces = [path for path in model_files().values() if stored_format(path) == SPACE]
+    return [_space_header(path, file_stamp(path)) for path in spaces]
 
 
 def lora_names() -> list[str]:
@@ -153,7 +151,7 @@ def identity_files() -> dict[str, str]:
     found = {f"{name} [output]": path for name, path in _files_inside(saved)}
     found = {n: p for n, p in found.items() if stored_format(p) in (IDENTITY, None)}
     others = {f"{name} [input]": path for name, path in _files_inside(given, deep=False)}
-    others |= {f"{name} [models]": path for name, path in _model_files().items()}
+    others |= {f"{name} [models]": path for name, path in model_files().items()}
     found |= {name: path for name, path in others.items() if stored_format(path) == IDENTITY}
     return dict(sorted(found.items()))
 
@@ -169,7 +167,7 @@ def identity_path(name: str) -> str:
     return files[name]
 
 
-def save_new_identity(identity: Identity, prefix: str) -> str:
+def save_new_identity(identity: Identity, prefix: str, pictures: Tensor | None = None) -> str:
     """Write to a file in the output folder that was not there; returns its name as `identity_files` will list it."""
     root = _output_folder()
     if _leads_out(root, prefix):
@@ -185,7 +183,7 @@ def save_new_identity(identity: Identity, prefix: str) -> str:
     while True:
         path = Path(folder, f"{name}_{number:05}_.safetensors")
         try:
-            save_identity(identity, path, new=True)
+            save_identity(identity, path, pictures, new=True)
             return f"{path.relative_to(root).as_posix()} [output]"
         except FileExistsError:  # also when somebody else was quicker
             number += 1
@@ -199,7 +197,8 @@ def _leads_out(root: Path, prefix: str) -> bool:
         return False
 
 
-def _model_files() -> dict[str, str]:
+def model_files() -> dict[str, str]:
+    """Paths of all files in the folders of this pack's category, by the name that a user sees."""
     paths = {name: _place(CATEGORY, name) for name in _listed(CATEGORY)}
     return {name: path for name, path in paths.items() if path}
 

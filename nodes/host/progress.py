@@ -12,6 +12,12 @@ import torch
 from server import PromptServer
 
 
+def announce(node: str, painted: dict[str, Any]) -> None:
+    """Tell the front end which faces of a running node can be shown already."""
+    server = PromptServer.instance
+    server.send_sync("w2wpp.faces", {"node": node, **painted}, server.client_id)
+
+
 class Watch:
     """The progress bar, the preview and the text of the running node, and whether Cancel was pressed."""
 

@@ -86,7 +86,7 @@ def fit_from_moments(
     steps, own = [], []
     for a, name in enumerate(names):
         others = [b for b, other in enumerate(names) if b != a and debias and other in chosen]
-        step, share = _step(beta[:, a], beta[:, others])
+        step, share = shortest_step(beta[:, a], beta[:, others])
         if share < LEAST_OWN:
             raise DataError(
                 f"'{name}' can't be told apart from the other attributes: they explain "
@@ -194,7 +194,7 @@ def _readings(
     return beta, 1 - missed / spread
 
 
-def _step(beta: Tensor, others: Tensor) -> tuple[Tensor, float]:
+def shortest_step(beta: Tensor, others: Tensor) -> tuple[Tensor, float]:
     """The shortest step [d] with beta^T step = 1 and others^T step = 0, and the share of |beta|^2 left for it."""
     rest = beta
     if others.shape[1]:

@@ -1,0 +1,169 @@
+"""Many people painted in one pass through the host's sampler: each row of the batch is somebody else."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.model_management
+import comfy.sample
+import comfy.utils
+import torch
+from torch import Tensor
+
+from ...w2wpp import Identity, Layout, Space
+from . import gallery, tensors
+from .fingerprints import fingerprint, model_fingerprint, vae_fingerprint
+from .model import check_fit, grid, usual_size
+from .plan import plan_run
+
+AT_ONCE = 4  # a row of the usual grid: what is lost at most when somebody presses Cancel
+LARGEST = 384  # side that faces are painted at unless somebody says otherwise
+SAMPLER, SCHEDULER = "dpmpp_2m", "normal"  # no noise of its own, so a face does not depend on its row
+
+
+@dataclass(frozen=True)
+class Studio:
+    """What faces are painted with, and how."""
+
+    model: Any
+    vae: Any
+    positive: list
+    negative: list | None
+    size: int  # side in pixels; 0 for the model's own, up to LARGEST
+    steps: int
+    cfg: float
+    seed: int
+
+    @property
+    def side(self) -> int:
+        cell = grid(self.model)
+        side = self.size or min(usual_size(self.model), LARGEST)
+        return max(cell, round(side / cell) * cell)
+
+    @property
+    def guidance(self) -> float:
+        return self.cfg if self.negative is not None else 1.0
+
+    def fingerprint(self) -> str:
+        how = [self.side, self.steps, self.guidance, self.seed, SAMPLER, SCHEDULER]
+        prompts = [self.positive, self.negative]
+        return fingerprint(model_fingerprint(self.model), vae_fingerprint(self.vae), prompts, how)
+
+
+def face_keys(people: Identity, studio: Studio) -> list[str]:
+    """The names that the faces of people are kept under."""
+    how, residual = studio.fingerprint(), people.residual
+    return [
+        fingerprint(how, people.space_fingerprint, z, None if residual is None else residual[i])
+        for i, z in enumerate(people.z)
+    ]
+
+
+def paint_faces(
+    people: Identity, space: Space, studio: Studio, shown: Callable[[list[str | None]], None]
+) -> tuple[list[Tensor], list[str]]:
+    """Pictures [H, W, 3] of bytes of everybody and their names; `shown` hears of those that are there already.
+
+    What was painted is kept, so after Cancel the next run goes on where this one was.
+    """
+    check_fit(studio.model, space.layout)
+    keys = face_keys(people, studio)
+    faces = [gallery.get_face(key) for key in keys]
+    missing = [i for i, face in enumerate(faces) if face is None]
+
+    def tell() -> None:
+        shown([key if face is not None else None for key, face in zip(keys, faces)])
+
+    tell()
+    if missing:
+        rows = min(AT_ONCE, _rows(studio))
+        groups = [missing[start : start + rows] for start in range(0, len(missing), rows)]
+        bar = comfy.utils.ProgressBar(len(groups) * studio.steps)
+        for some in groups:
+            with tensors.ordinary_tensors():
+                vectors = torch.cat([people[i].vectors(space) for i in some])
+            painted = _paint(studio, space.layout, vectors, lambda: bar.update(1))
+            for i, face in zip(some, painted):
+                faces[i] = face
+                gallery.put_face(keys[i], face)
+            tell()
+    return [face for face in faces if face is not None], keys
+
+
+@contextlib.contextmanager
+def hooked(model: Any, layout: Layout, vectors: Tensor) -> Iterator[None]:
+    """Within the block the UNet of a loaded model adds a LoRA to each row: row i that of vectors [B, P] number i % B.
+
+    The host's sampler gives the UNet whole batches, one after the other for each prompt.
+    """
+    keys = check_fit(model, layout)
+    lora = layout.unpack(vectors)
+    handles = []
+    try:
+        for module in layout.modules:
+            path = keys[module.name].removesuffix(".weight")
+            linear = comfy.utils.get_attr(model.model, path)
+            handles.append(linear.register_forward_hook(_adding(*lora[module.name], layout.scale)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _adding(down: Tensor, up: Tensor, scale: float) -> Callable:
+    """down [B, r, in], up [B, out, r]"""
+    placed: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
+
+    def add(linear: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        x = inputs[0]
+        where = (x.device, x.dtype)
+        if where not in placed:
+            placed[where] = (down.to(*where), up.to(*where))
+        a, b = placed[where]
+        if len(x) % len(a):
+            raise RuntimeError(f"a batch of {len(x)} rows does not consist of {len(a)} people")
+        rows = x.reshape(-1, len(a), x[0].numel() // x.shape[-1], x.shape[-1])  # [prompts, B, n, in]
+        change = scale * (rows @ a.mT) @ b.mT
+        return output + change.reshape(output.shape).to(output.dtype)
+
+    return add
+
+
+def _paint(
+    studio: Studio, layout: Layout, vectors: Tensor, progress: Callable[[], None]
+) -> Tensor:
+    """Pictures [B, H, W, 3] of bytes, all from the same noise, so that they differ in who it is alone."""
+    model, count = studio.model, len(vectors)
+    empty = torch.zeros(1, *_latent_shape(studio))
+    noise = comfy.sample.prepare_noise(empty, studio.seed).expand(count, -1, -1, -1).contiguous()
+
+    def each(*_: Any) -> None:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        progress()
+
+    comfy.model_management.throw_exception_if_processing_interrupted()
+    negative = studio.positive if studio.negative is None else studio.negative
+    with hooked(model, layout, vectors):
+        latents = comfy.sample.sample(
+            model, noise, studio.steps, studio.guidance, SAMPLER, SCHEDULER, studio.positive, negative,
+            empty.expand(count, -1, -1, -1).contiguous(), callback=each, disable_pbar=True, seed=studio.seed,
+        )  # fmt: skip
+    pictures = studio.vae.decode(latents)
+    if pictures.ndim == 5:  # VAEs of videos
+        pictures = pictures.reshape(-1, *pictures.shape[-3:])
+    return (pictures[..., :3].float().clamp(0, 1) * 255).round().to("cpu", torch.uint8)
+
+
+def _latent_shape(studio: Studio) -> tuple[int, int, int]:
+    latents = studio.model.model.latent_format
+    # Hosts of 2025 do not say; they know the factor of 8 only.
+    side = studio.side // getattr(latents, "spacial_downscale_ratio", 8)
+    return latents.latent_channels, side, side
+
+
+def _rows(studio: Studio) -> int:
+    shape = (AT_ONCE * 2, *_latent_shape(studio))
+    return max(1, plan_run(studio.model, shape, gradients=False).rows // 2)
