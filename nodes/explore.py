@@ -207,7 +207,9 @@ class Explore(io.ComfyNode):
                 "them."
             )
         tree = families.read_family(family)
-        somebody = None if around is None else one_person(around, "around", "W2W++ Explore").identity
+        somebody = (
+            None if around is None else one_person(around, "around", "W2W++ Explore").identity
+        )
         node = cls.hidden.unique_id
         shown = {"generation": tree.at, "seed": str(seed), "truncation": truncation}
         with tensors.ordinary_tensors():
@@ -248,7 +250,9 @@ def _with_attribute(
     kept = attributes.attributes_of(space)
     before = kept.made.get(name, {})
     if {key: before.get(key) for key in origin} == origin:  # nobody was marked since
-        return _having(space, name, kept.directions[name]), f"'{name}' is an attribute of this space."
+        return _having(
+            space, name, kept.directions[name]
+        ), f"'{name}' is an attribute of this space."
     others = {n: d for n, d in space.directions.items() if n != name}
     try:
         found = direction_from_marks(plus.z, minus.z, others)

@@ -109,7 +109,11 @@ def _other_space(file: str, identity: w2wpp.Identity, space: w2wpp.Space) -> str
     if names:
         return f"{text} Choose {names[0]} in W2W++ Load Space."
     made_in = identity.provenance.get("space")
-    where = f"called '{made_in}'" if isinstance(made_in, str) and made_in else "of which the name is not known"
+    where = (
+        f"called '{made_in}'"
+        if isinstance(made_in, str) and made_in
+        else "of which the name is not known"
+    )
     return f"{text} Its space, {where}, is not installed; put its file into models/w2wpp/."
 
 

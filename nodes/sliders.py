@@ -15,9 +15,7 @@ from .types import IdentitySocket, People, SlidersWidget, advanced, schema
 PLACES = 8
 NONE = "none"
 USUAL = 2.0  # deviations within which 95 % of people are
-NO_STRIP = (
-    "Connect 'model', 'positive' and 'vae' to W2W++ Sliders: it paints its strip of before and after with them."
-)
+NO_STRIP = "Connect 'model', 'positive' and 'vae' to W2W++ Sliders: it paints its strip of before and after with them."
 
 
 class Sliders(io.ComfyNode):
@@ -41,7 +39,9 @@ class Sliders(io.ComfyNode):
                     "positive", optional=True, tooltip="For the strip: the prompt to paint with."
                 ),
                 io.Vae.Input(
-                    "vae", optional=True, tooltip="For the strip: the VAE that belongs to the model."
+                    "vae",
+                    optional=True,
+                    tooltip="For the strip: the VAE that belongs to the model.",
                 ),
                 io.Conditioning.Input(
                     "negative",
@@ -127,7 +127,9 @@ class Sliders(io.ComfyNode):
             if name != NONE and value:
                 strengths[name] = strengths.get(name, 0.0) + value
         with tensors.ordinary_tensors():
-            changed = w2wpp.edit(identity.identity, space, strengths) if strengths else identity.identity
+            changed = (
+                w2wpp.edit(identity.identity, space, strengths) if strengths else identity.identity
+            )
             at = readings(identity.identity, space)
         strip, keys = nothing_because(NO_STRIP), []
         if model is not None and positive is not None and vae is not None:
@@ -158,7 +160,9 @@ def _slider(i: int, known: list[str]) -> list[Any]:
     ]
 
 
-def _strip(before: Any, after: Any, space: w2wpp.Space, studio: crowd.Studio) -> tuple[Any, list[str]]:
+def _strip(
+    before: Any, after: Any, space: w2wpp.Space, studio: crowd.Studio
+) -> tuple[Any, list[str]]:
     """IMAGE of everybody before and after, and the names of both faces of the first."""
     count = len(before)
     faces, keys = crowd.paint_faces(

@@ -45,7 +45,12 @@ def seed_of_people(tooltip: str) -> io.Int.Input:
     """A seed that stands for somebody: it stays as it is after a run, where the host lets a node ask for that."""
     fixed = getattr(getattr(io, "ControlAfterGenerate", None), "fixed", True)
     return io.Int.Input(
-        "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=fixed, tooltip=tooltip
+        "seed",
+        default=0,
+        min=0,
+        max=0xFFFFFFFFFFFFFFFF,
+        control_after_generate=fixed,
+        tooltip=tooltip,
     )
 
 

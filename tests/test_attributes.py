@@ -47,7 +47,10 @@ def test_attributes_of_other_spaces_and_sizes_are_refused(make_space, tmp_path):
     path = tmp_path / "a.safetensors"
     tensors = {"direction.a": torch.zeros(3), "direction.b": torch.zeros(4)}
     write_container(
-        path, tensors, format="w2wpp.attributes", config={"space_fingerprint": "f", "attributes": {}}
+        path,
+        tensors,
+        format="w2wpp.attributes",
+        config={"space_fingerprint": "f", "attributes": {}},
     )
     with pytest.raises(FormatError, match="of one size"):
         load_attributes(path)

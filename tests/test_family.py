@@ -128,7 +128,9 @@ def test_marks_are_people_once_and_the_rest_stands_in_for_minus(pca):
 
 @given(
     st.lists(
-        st.tuples(st.sampled_from(["new", "like", "cross"]), st.integers(0, 255), st.integers(0, 255)),
+        st.tuples(
+            st.sampled_from(["new", "like", "cross"]), st.integers(0, 255), st.integers(0, 255)
+        ),
         max_size=6,
     ),
     st.floats(0, 1),

@@ -15,7 +15,9 @@ MOST_ROUNDS = 100
 CLOSE_ENOUGH = 1e-12
 
 
-def mix(identities: Sequence[Identity], weights: Sequence[float], *, mode: str = "slerp") -> Identity:
+def mix(
+    identities: Sequence[Identity], weights: Sequence[float], *, mode: str = "slerp"
+) -> Identity:
     """One person from several, by weights that count relative to one another.
 
     An identity that holds several people shares its weight among them. slerp takes the weighted mean on the sphere

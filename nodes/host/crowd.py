@@ -21,7 +21,10 @@ from .plan import plan_run
 
 AT_ONCE = 4  # a row of the usual grid: what is lost at most when somebody presses Cancel
 LARGEST = 384  # side that faces are painted at unless somebody says otherwise
-SAMPLER, SCHEDULER = "dpmpp_2m", "normal"  # no noise of its own, so a face does not depend on its row
+SAMPLER, SCHEDULER = (
+    "dpmpp_2m",
+    "normal",
+)  # no noise of its own, so a face does not depend on its row
 
 
 @dataclass(frozen=True)
@@ -125,16 +128,16 @@ def _adding(down: Tensor, up: Tensor, scale: float) -> Callable:
         a, b = placed[where]
         if len(x) % len(a):
             raise RuntimeError(f"a batch of {len(x)} rows does not consist of {len(a)} people")
-        rows = x.reshape(-1, len(a), x[0].numel() // x.shape[-1], x.shape[-1])  # [prompts, B, n, in]
+        rows = x.reshape(
+            -1, len(a), x[0].numel() // x.shape[-1], x.shape[-1]
+        )  # [prompts, B, n, in]
         change = scale * (rows @ a.mT) @ b.mT
         return output + change.reshape(output.shape).to(output.dtype)
 
     return add
 
 
-def _paint(
-    studio: Studio, layout: Layout, vectors: Tensor, progress: Callable[[], None]
-) -> Tensor:
+def _paint(studio: Studio, layout: Layout, vectors: Tensor, progress: Callable[[], None]) -> Tensor:
     """Pictures [B, H, W, 3] of bytes, all from the same noise, so that they differ in who it is alone."""
     model, count = studio.model, len(vectors)
     empty = torch.zeros(1, *_latent_shape(studio))

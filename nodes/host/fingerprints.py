@@ -81,7 +81,11 @@ def _feed_tensor(digest: Any, tensor: Tensor) -> None:
 
 
 def _token(thing: Any) -> str:
-    if isinstance(thing, types.FunctionType) and not thing.__closure__ and "<" not in thing.__qualname__:
+    if (
+        isinstance(thing, types.FunctionType)
+        and not thing.__closure__
+        and "<" not in thing.__qualname__
+    ):
         return f"{thing.__module__}.{thing.__qualname__}"
     try:
         return _tokens.setdefault(thing, uuid.uuid4().hex)

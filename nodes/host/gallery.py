@@ -83,7 +83,9 @@ async def _answer_face(request: web.Request) -> web.Response:
 async def _answer_identities(request: web.Request) -> web.Response:
     """The identity files that can be loaded, with their stamps."""
     files = folders.identity_files()
-    return web.json_response([{"file": n, "stamp": folders.file_stamp(p)} for n, p in files.items()])
+    return web.json_response(
+        [{"file": n, "stamp": folders.file_stamp(p)} for n, p in files.items()]
+    )
 
 
 async def _answer_picture(request: web.Request) -> web.Response:

@@ -63,7 +63,9 @@ def test_the_chosen_and_all_candidates_are_the_librarys_people(host: Host) -> No
     node = graph.explore(seed=41, count=5, chosen=3, family=write_family(family))
     people = library(family, seed=41).grid(5)
     torch.testing.assert_close(saved(host, graph, [node, 1], "all").z, people.z, rtol=0, atol=0)
-    torch.testing.assert_close(saved(host, graph, [node, 0], "one").z, people.z[3:4], rtol=0, atol=0)
+    torch.testing.assert_close(
+        saved(host, graph, [node, 0], "one").z, people.z[3:4], rtol=0, atol=0
+    )
 
 
 def test_a_face_is_the_picture_that_the_graph_paints_of_that_person(host: Host) -> None:
@@ -151,9 +153,7 @@ def test_marks_become_an_attribute_beside_the_space(host: Host) -> None:
     # Listed at once, used by name, and made again without another write.
     info = host.json("/object_info/W2WPP_EditIdentity")["W2WPP_EditIdentity"]
     assert "zestful" in json.dumps(info["input"]["required"]["attribute"])
-    edited = graph.add(
-        "W2WPP_EditIdentity", identity=[node, 0], attribute="zestful", strength=2.0
-    )
+    edited = graph.add("W2WPP_EditIdentity", identity=[node, 0], attribute="zestful", strength=2.0)
     found = saved(host, graph, [edited, 0], "edited")
     torch.testing.assert_close(found.z, people[:1] + 2 * direction)
     stamp = path.stat().st_mtime_ns

@@ -14,6 +14,8 @@ from .server import PACK_FOLDER, REPO, Host, PromptFailed
 
 # Rows and columns of faces in the saved picture, and the gap between them.
 FACES = {
+    "explore_faces": (1, 1, 0),
+    "two_people": (1, 2, 0),
     "sample_a_face": (1, 1, 0),
     "four_new_identities": (2, 2, 4),
     "walk_between_two": (1, 7, 2),

@@ -81,9 +81,7 @@ def _readings(known: Mapping[str, Tensor], d: int) -> Tensor:
         return torch.zeros(d, 0, dtype=torch.float64)
     steps = torch.stack(list(known.values()), dim=1).double()
     if steps.shape[0] != d:
-        raise ConfigError(
-            f"Directions of {steps.shape[0]} latents do not belong to faces of {d}."
-        )
+        raise ConfigError(f"Directions of {steps.shape[0]} latents do not belong to faces of {d}.")
     return torch.linalg.pinv(steps).T
 
 

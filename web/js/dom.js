@@ -3,6 +3,11 @@
 import { app } from "../../../scripts/app.js";
 import { api } from "../../../scripts/api.js";
 
+/** Register an extension, once: the host may serve this file under two names, or from two copies of the pack. */
+export function register(extension) {
+  if (!app.extensions?.some((e) => e.name === extension.name)) app.registerExtension(extension);
+}
+
 /** An element with attributes, listeners (on...) and children. */
 export function make(tag, attributes = {}, ...children) {
   const element = document.createElement(tag);
@@ -62,12 +67,12 @@ export function watch(node, names, changed) {
   }
 }
 
-/** Keep a widget out of sight that another one stands for. */
+/** Keep a widget out of sight that another one stands for: on the canvas, and in Nodes 2.0. */
 export function hide(node, name) {
   const widget = widgetOf(node, name);
   if (!widget) return;
   widget.hidden = true;
-  widget.options = { ...widget.options, hidden: true };
+  widget.options.hidden = true;
 }
 
 /** Run after a method of the node that the host calls. */

@@ -3,7 +3,7 @@
 import { app } from "../../../scripts/app.js";
 import { api } from "../../../scripts/api.js";
 import * as families from "./family.js";
-import { addStyles, chain, hide, make, runGraph, serverId, setValue, shield, valueOf, watch } from "./dom.js";
+import { addStyles, chain, hide, make, register, runGraph, serverId, setValue, shield, valueOf, watch } from "./dom.js";
 import { texts } from "./texts.js";
 
 const MIN_HEIGHT = 460;
@@ -356,14 +356,12 @@ function facesWidget(node, inputName) {
   });
   chain(node, "onRemoved", () => grids.delete(grid));
   grids.add(grid);
-  // The other widgets are made in the same breath.
-  queueMicrotask(() => {
-    hide(node, "family");
-    hide(node, "attribute");
-    watch(node, WATCHED, (name) => grid.changed(name));
-    grid.seed = valueOf(node, "seed");
-    grid.draw();
-  });
+  // This is the last input of the node: the others have their widgets already.
+  hide(node, "family");
+  hide(node, "attribute");
+  watch(node, WATCHED, (name) => grid.changed(name));
+  grid.seed = valueOf(node, "seed");
+  grid.draw();
   return { widget };
 }
 
@@ -380,7 +378,7 @@ for (const end of ["execution_interrupted", "execution_error"]) {
   });
 }
 
-app.registerExtension({
+register({
   name: "w2wpp.explore",
   getCustomWidgets() {
     return { W2WPP_FACES: facesWidget };

@@ -1,8 +1,7 @@
 // The faces of W2W++ Load Identity: the identity files by the pictures in them, one click to load.
 
-import { app } from "../../../scripts/app.js";
 import { api } from "../../../scripts/api.js";
-import { addStyles, chain, make, setValue, shield, valueOf, watch } from "./dom.js";
+import { addStyles, chain, make, register, setValue, shield, valueOf, watch } from "./dom.js";
 import { texts } from "./texts.js";
 
 const MIN_HEIGHT = 180;
@@ -66,14 +65,12 @@ function savedFacesWidget(node, inputName) {
   shown.add(faces);
   chain(node, "onConfigure", () => faces.draw());
   chain(node, "onRemoved", () => shown.delete(faces));
-  queueMicrotask(() => {
-    watch(node, ["file"], () => faces.draw());
-    faces.refresh();
-  });
+  watch(node, ["file"], () => faces.draw());
+  faces.refresh();
   return { widget };
 }
 
-app.registerExtension({
+register({
   name: "w2wpp.saved",
   getCustomWidgets() {
     return { W2WPP_SAVED_FACES: savedFacesWidget };

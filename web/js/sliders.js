@@ -1,8 +1,7 @@
 // The panel of W2W++ Sliders: a row for each attribute, over the node's plain widgets, with the span of real people.
 
-import { app } from "../../../scripts/app.js";
 import { api } from "../../../scripts/api.js";
-import { addStyles, chain, hide, make, setValue, shield, valueOf, watch, widgetOf } from "./dom.js";
+import { addStyles, chain, hide, make, register, setValue, shield, valueOf, watch, widgetOf } from "./dom.js";
 import { texts } from "./texts.js";
 
 const PLACES = 8;
@@ -107,16 +106,14 @@ function slidersWidget(node, inputName) {
   widget.serialize = false;
   chain(node, "onExecuted", (output) => output?.w2wpp?.[0]?.span && panel.executed(output.w2wpp[0]));
   chain(node, "onConfigure", () => panel.draw());
-  queueMicrotask(() => {
-    const names = Array.from({ length: PLACES }, (_, i) => [`attribute_${i + 1}`, `strength_${i + 1}`]).flat();
-    for (const name of names) hide(node, name);
-    watch(node, names, () => panel.draw());
-    panel.draw();
-  });
+  const names = Array.from({ length: PLACES }, (_, i) => [`attribute_${i + 1}`, `strength_${i + 1}`]).flat();
+  for (const name of names) hide(node, name);
+  watch(node, names, () => panel.draw());
+  panel.draw();
   return { widget };
 }
 
-app.registerExtension({
+register({
   name: "w2wpp.sliders",
   getCustomWidgets() {
     return { W2WPP_SLIDERS: slidersWidget };
