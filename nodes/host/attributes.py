@@ -47,7 +47,12 @@ def keep_attribute(space: Space, name: str, direction: Tensor, how: Mapping[str,
     """
     before = attributes_of(space)
     foreign = name in before.directions and before.made[name].get("of") != how["of"]
-    own = {a for h in folders.space_headers() if h.fingerprint == space.fingerprint for a in h.attributes}
+    own = {
+        a
+        for h in folders.space_headers()
+        if h.fingerprint == space.fingerprint
+        for a in h.attributes
+    }
     if foreign or name in own:
         raise ConfigError(
             f"The space '{space.name}' has an attribute {name!r} already, made from other faces. Give the new one "

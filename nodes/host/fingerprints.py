@@ -42,8 +42,11 @@ def model_fingerprint(model: Any) -> str:
 
 
 def vae_fingerprint(vae: Any) -> str:
+    """Of a VAE: its weights, not what the host notes beside them when it loads them."""
     network = getattr(vae, "first_stage_model", None)
-    return fingerprint(type(vae).__name__, network if isinstance(network, nn.Module) else vae)
+    if not isinstance(network, nn.Module):
+        return fingerprint(vae)
+    return fingerprint(type(network).__name__, network.state_dict())
 
 
 def _feed(digest: Any, thing: Any) -> None:
@@ -63,7 +66,8 @@ def _feed(digest: Any, thing: Any) -> None:
     elif isinstance(thing, WeightAdapterBase):
         _feed(digest, thing.weights)
     elif isinstance(thing, nn.Module):
-        plain = {k: v for k, v in vars(thing).items() if isinstance(v, bool | int | float | str)}
+        plain = {k: v for k, v in vars(thing).items() if isinstance(v, int | float | str)}
+        plain.pop("training", None)
         _feed(digest, [[c.__name__ for c in type(thing).__mro__], plain, thing.state_dict()])
     else:
         digest.update(_token(thing).encode())
