@@ -11,14 +11,14 @@ from w2wpp import (
     AffineBasis,
     Cma,
     ConfigError,
-    Hybrid,
+    Multistart,
     Pivotal,
     W2WError,
     edit,
     interpolate,
     save_lora,
 )
-from w2wpp.inversion import FAR
+from w2wpp.inversion.recipes import FROM_AVERAGE
 from w2wpp.training.config import VaeTraining
 
 BAD = [math.nan, math.inf, -math.inf]
@@ -27,13 +27,13 @@ DOORS = {
     "Adam.lr": lambda x: Adam(lr=x),
     "Adam.betas": lambda x: Adam(betas=(0.9, x)),
     "Cma.sigma": lambda x: Cma(sigma=x),
-    "Hybrid.spread": lambda x: Hybrid(spread=x),
-    "Hybrid.scales": lambda x: Hybrid(scales=(1.0, x)),
+    "Multistart.spread": lambda x: Multistart(spread=x),
+    "Multistart.scales": lambda x: Multistart(scales=(1.0, x)),
     "Pivotal.lr": lambda x: Pivotal(lr=x),
     "Pivotal.decay": lambda x: Pivotal(decay=x),
-    "Recipe.rate": lambda x: FAR["adam"].adjusted(rate=x),
-    "Recipe.prior": lambda x: FAR["adam"].adjusted(prior=x),
-    "Recipe.pivotal": lambda x: FAR["adam"].adjusted(pivotal=x),
+    "Recipe.rate": lambda x: FROM_AVERAGE["adam"].adjusted(rate=x),
+    "Recipe.prior": lambda x: FROM_AVERAGE["adam"].adjusted(prior=x),
+    "Recipe.pivotal": lambda x: FROM_AVERAGE["adam"].adjusted(pivotal=x),
     "AffineBasis.scale": lambda x: AffineBasis(3, scale=x),
     "AffineBasis.shift": lambda x: AffineBasis(3, shift=x),
     **{
