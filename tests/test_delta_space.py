@@ -494,3 +494,29 @@ def test_a_member_encodes_to_its_own_latent_from_a_file_or_tensors(made, loras):
         torch.testing.assert_close(identity.z, expected, atol=1e-4, rtol=0)
         assert report.explained == pytest.approx(1.0, abs=1e-4)
         assert float(identity.residual.abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize("rank, tolerance", [(30, 1e-3), (16, 0.1)])
+def test_gradients_reach_the_latents(loras, rank, tolerance):
+    """Of a loss of the updates, against finite differences; to first order where the cut loses something."""
+    space, _ = fit_delta(members_of(loras), CollectionSettings(rank=rank))
+    g = generator(21)
+    targets = {n: torch.randn(o, i, generator=g) for n, (o, i) in SIZES.items()}
+
+    def loss(z):
+        lora = space.layout.unpack(space.decode(z)[0])
+        parts = [(b @ a - t).square().sum() + (b @ a * t).sum() for (a, b), t in
+                 ((lora[n], targets[n]) for n in SIZES)]  # fmt: skip
+        return sum(parts)
+
+    z = 0.5 * torch.randn(1, space.latent_size, generator=g)
+    leaf = z.clone().requires_grad_(True)
+    (gradient,) = torch.autograd.grad(loss(leaf), leaf)
+    step = 3e-2
+    moved = [
+        (loss(z + step * e) - loss(z - step * e)) / (2 * step)
+        for e in torch.eye(z.shape[1])[:, None]
+    ]
+    expected = torch.stack(moved)[None]
+    assert float((gradient - expected).norm() / expected.norm()) < tolerance
+    assert torch.nn.functional.cosine_similarity(gradient, expected) > 0.95

@@ -163,17 +163,16 @@ class DeltaBasis:
     def lift(self, c: Array) -> Tensor:
         """Whitened coefficients c [B, K] -> LoRAs w [B, P] of the layout's rank, balanced.
 
-        The nearest of that rank to each combination; `kept_energy` tells how near.
+        The nearest of that rank to each combination; `kept_energy` tells how near. Gradients reach c, exactly as far
+        as the cut loses nothing.
         """
         c = as_batch(c, self.n_components, "coefficients", "K")
-        shares = self.shares(c.detach())
-        w = torch.empty(len(c), self.size, device=c.device)
-        for i, (_, down, up) in enumerate(self.layout.slices()):
-            together = self.stack(i)
-            for row, a in zip(w, shares):
-                f, _ = cut(together.weighted(a), self.layout.rank)
-                row[down], row[up] = f.down.flatten(), f.up.flatten()
-        return w
+        shares = self.shares(c)
+        parts = [
+            torch.stack([_nearest(row, stack, self.layout.rank) for row in shares])
+            for stack in map(self.stack, range(len(self.layout.modules)))
+        ]
+        return torch.cat(parts, dim=1)
 
     def combination(self, c: Array) -> dict[str, Factors]:
         """The combination of one c [1, K] before any cut: members side by side, of their ranks' sum."""
@@ -320,6 +319,46 @@ class DeltaBasis:
     def _half(self, module: int, part: str) -> Iterator[Tensor]:
         found = self.stack(module)
         yield (found.down if part == "down" else found.up.T).half()
+
+
+class _Nearest(torch.autograd.Function):
+    """Weights a [N] of a stack's updates -> A and B, flat, of the nearest update of a rank to their sum.
+
+    Backwards, with U S V^T that update and g = dL/dW: A = S^1/2 V^T and B = U S^1/2 hold dL/dA = S^1/2 U^T g and
+    dL/dB = g V S^1/2. So U^T g and g V are known, which is all of g that matters to movements along updates of this
+    rank: dL/da_i = <g, U U^T D_i + D_i V V^T - U U^T D_i V V^T> (Koch & Lubich 2007, eq. 2.4). Holds for losses that
+    depend on B A alone, as everything does that a model computes.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, stack: Stack, rank: int) -> Tensor:
+        f, _ = cut(stack.weighted(a), rank)
+        ctx.stack, ctx.factors = stack, f
+        return torch.cat([f.down.flatten(), f.up.flatten()])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        stack, f = ctx.stack, ctx.factors
+        size = f.down.numel()
+        of_down = gradient[:size].view_as(f.down).double()
+        of_up = gradient[size:].view_as(f.up).double()
+        down, up = f.down.double(), f.up.double()
+        s = down.square().sum(1)  # singular values: A and B are balanced
+        inverse = torch.where(s > 1e-9 * s.max().clamp_min(1e-30), 1.0 / s, 0.0)
+        # In terms of A and B: U^T g = S^-1/2 dL/dA, g V = dL/dB S^-1/2, U = B S^-1/2, V^T = S^-1/2 A.
+        left = up.T @ stack.up.double()  # S^1/2 U^T B_i  [r, R]
+        right = stack.down.double() @ down.T  # A_i V S^1/2  [R, r]
+        from_left = inverse[:, None] * left * (of_down @ stack.down.double().T)
+        from_right = (of_up.T @ stack.up.double()) * inverse[:, None] * right.T
+        both = (of_down @ down.T) * inverse  # U^T g V, up to S^1/2 on the left
+        twice = (inverse[:, None] * left) * (both @ right.T)
+        along = (from_left + from_right - twice).sum(0) * stack.scale
+        found = torch.zeros(stack.count, dtype=torch.float64, device=gradient.device)
+        return found.index_add_(0, stack.owner, along), None, None
+
+
+def _nearest(a: Tensor, stack: Stack, rank: int) -> Tensor:
+    return _Nearest.apply(a, stack, rank)  # type: ignore[no-any-return]
 
 
 def delta_components(
