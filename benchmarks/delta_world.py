@@ -66,10 +66,10 @@ def best_rank_one(
     return found
 
 
-def factor_basis(layout: Layout, vectors: Tensor) -> Basis:
+def factor_basis(layout: Layout, vectors: Tensor, metric: str) -> Basis:
     rows = torch.arange(len(vectors))
     nobody = torch.zeros(len(vectors), dtype=torch.bool)
-    return fit_basis(VectorDataset(layout, vectors, rows, nobody), max(SIZES))
+    return fit_basis(VectorDataset(layout, vectors, rows, nobody), max(SIZES), metric=metric)
 
 
 def rebuilt_by_factors(
@@ -106,7 +106,7 @@ def rebuilt_by_updates(
 
 def scores(studio: Studio, layout: Layout, vectors: Tensor, labels: Tensor) -> Tensor:
     shots = studio.photograph(vectors, layout)
-    return id_scores(torch.nn.functional.normalize(shots.traits, dim=-1), labels)
+    return id_scores(shots.embeddings, labels)
 
 
 def measure() -> dict[str, Any]:
@@ -116,7 +116,7 @@ def measure() -> dict[str, Any]:
     rows = dataset.heldout_rows
     train, test = rows[:LEARNED], rows[LEARNED : LEARNED + SCORED]
     vectors, truth = dataset.vectors(train), dataset.vectors(test)
-    labels = torch.nn.functional.normalize(dataset.labels[test], dim=-1)
+    labels = dataset.labels[test]
     studio = open_studio(
         MODELS / "avatar-base.safetensors", MODELS / "avatar-embedder.safetensors", pictures=2
     )
@@ -128,19 +128,18 @@ def measure() -> dict[str, Any]:
     aligned = torch.stack([towards(b, layout, layout.pack(balanced[0])) for b in balanced])
     as_is = torch.stack([layout.pack(b) for b in balanced])
     first = layout.pack(balanced[0])
-    ways = {
-        "factors, common set": rebuilt_by_factors(
-            factor_basis(layout, vectors), layout, truth, "own", first
-        ),
-        "updates, common set": rebuilt_by_updates(common, layout, truth),
-        "factors at rank 1, mixed set": rebuilt_by_factors(
-            factor_basis(layout, as_is), layout, truth, "balanced", first
-        ),
-        "factors turned towards the first, mixed set": rebuilt_by_factors(
-            factor_basis(layout, aligned), layout, truth, "first", first
-        ),
-        "updates, mixed set": rebuilt_by_updates(mixed, layout, truth),
-    }
+    ways = {}
+    for metric in ("parameter", "update"):
+        for title, learned, gauge in (
+            ("common set", vectors, "own"),
+            ("best rank 1, mixed set", as_is, "balanced"),
+            ("towards the first, mixed set", aligned, "first"),
+        ):
+            basis = factor_basis(layout, learned, metric)
+            rebuilt = rebuilt_by_factors(basis, layout, truth, gauge, first)
+            ways[f"factors, metric {metric}, {title}"] = rebuilt
+    ways["updates, common set"] = rebuilt_by_updates(common, layout, truth)
+    ways["updates, mixed set"] = rebuilt_by_updates(mixed, layout, truth)
     own = scores(studio, layout, truth, labels)
     found = {
         name: {d: scores(studio, layout, w, labels) for d, w in by_size.items()}
