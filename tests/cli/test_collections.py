@@ -89,3 +89,43 @@ def test_weights_cut_and_names(run, folder):
         assert code == 1 and said in told
     assert run("compare", folder / "0.safetensors")[0] == 1
     assert run("space", folder / "nowhere", "-o", "x")[0] == 1
+
+
+def test_a_vae_on_a_collection_and_identities_in_it(run, folder):
+    run("space", folder, "-o", "mine.safetensors", "--rank", 20)
+    train = (
+        "train",
+        "mine.safetensors",
+        "--latent",
+        4,
+        "--epochs",
+        30,
+        "--hidden",
+        8,
+        "--validation",
+        0,
+    )
+    code, result, told = run(*train, "-o", "vae.safetensors")
+    assert code == 0, told
+    space = load_space("vae.safetensors")
+    assert space.codec.name == "vae-skip" and space.latent_size == 4
+    code, result, _ = run(
+        "encode", "vae.safetensors", folder / "3.safetensors", "--residual", "-o", "a.safetensors"
+    )
+    assert code == 0 and result["loras"]["3.safetensors"]["explained"] == pytest.approx(
+        1.0, abs=1e-3
+    )
+    code, result, _ = run(
+        "export", "a.safetensors", "--space", "vae.safetensors", "-o", "back.safetensors"
+    )
+    assert result["kept_energy"] == [pytest.approx(1.0, abs=1e-3)]
+    given, found = update(folder / "3.safetensors"), update("back.safetensors")
+    for name, f in given.items():
+        scale = float(f.dense().abs().max())
+        torch.testing.assert_close(found[name].dense(), f.dense(), atol=3e-3 * scale, rtol=0)
+    code, result, _ = run(
+        "train", "mine.safetensors", "--codec", "pca", "--latent", 3, "-o", "p.safetensors"
+    )
+    assert code == 0 and load_space("p.safetensors").latent_size == 3
+    code, _, told = run("train", "vae.safetensors", "--codec", "pca", "-o", "q.safetensors")
+    assert code == 0  # its basis still holds the LoRAs

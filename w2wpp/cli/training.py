@@ -31,6 +31,7 @@ from ..training.dataset import VectorDataset, load_dataset
 from ..training.directions import report as directions_report
 from ..training.directions import space_directions
 from ..training.fit_basis import ITERATIONS, STANDARDISE, TOLERANCE, fit_coefficients
+from ..training.fit_delta import collection_coefficients
 from ..training.fit_flow import with_flow
 from ..training.fit_start import StartTraining
 from ..training.fit_vae import fit_vae, linear_space
@@ -155,7 +156,8 @@ def register(verbs: Any) -> None:
     p.add_argument(
         "basis",
         metavar="BASIS",
-        help="from fit-basis, or a folder of official w2w files; for --codec original a data set",
+        help="from fit-basis, a space of LoRAs ('w2wpp space'), or a folder of official w2w files; for --codec "
+        "original a data set",
     )
     p.add_argument(
         "--components",
@@ -408,6 +410,14 @@ def _training_input(args: argparse.Namespace) -> tuple[Coefficients, AnyBasis]:
         data = load_dataset(args.basis)
         affine = AffineBasis(data.layout.size, scale=10.0)
         return project_dataset(data, affine), affine
+    if kind == "w2wpp.space":
+        collected = load_space(args.basis)
+        data = collection_coefficients(collected)
+        basis = collected.basis
+        if args.codec == "pca" and args.latent is not None:
+            data = data.truncated(args.latent, basis.singular_values)
+            basis = basis.truncated(args.latent)
+        return data, basis
     coefficients, fitted = load_coefficients(args.basis)
     if args.codec == "pca" and args.latent is not None:
         cut = fitted.truncated(args.latent)

@@ -159,11 +159,13 @@ def _spelled_as(member: Member) -> str:
 
 
 def rounded(f: Factors) -> Factors:
-    """The same update in half precision, A and B of similar size; the scale stays as it is.
+    """The same update in half precision.
 
-    Sizes are moved by a power of two from B to A, so numbers that were in half precision stay what
-    they were.
+    What is in half precision already stays as it is, to the bit. Otherwise sizes are moved by powers
+    of two, which costs nothing.
     """
+    if f.down.dtype == f.up.dtype == torch.float16:
+        return f
     largest_a, largest_b = float(f.down.abs().max()), float(f.up.abs().max())
     if not (largest_a > 0 and largest_b > 0):
         return Factors(f.down.half(), f.up.half(), f.scale)

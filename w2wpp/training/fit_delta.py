@@ -20,6 +20,7 @@ from ..lora.families import UNKNOWN, join_key, split_sizes
 from ..lora.layout import Layout, Module
 from ..lora.members import Member, Source, open_member
 from ..space import Space
+from .coefficients import Coefficients
 from .collection_report import (
     CollectionReport,
     copies,
@@ -182,6 +183,28 @@ def fit_delta(
     )
     report = _report(collection, grams, basis, refused)
     return _space(basis, collection, report, settings), report
+
+
+def collection_coefficients(space: Space) -> Coefficients:
+    """Whitened coefficients [N, K] of a collection's own LoRAs: what a VAE on it is trained with.
+
+    Every LoRA counts as a person of their own.
+    """
+    basis = space.basis
+    if not isinstance(basis, DeltaBasis):
+        raise ConfigError(
+            f"The space '{space.name}' does not hold what it was made of. Train on the basis of its data set, from "
+            "'w2wpp fit-basis'."
+        )
+    c, gram, p = basis.member_coefficients(), basis.grams.total, basis.weights
+    along = gram @ p
+    whole = gram.diagonal() - 2 * along + p @ along  # squared distance from the mean
+    inside = (c.double() * basis.singular_values.double()).square().sum(1)
+    rows = torch.arange(basis.count)
+    nobody = torch.zeros(basis.count, dtype=torch.bool)
+    outside = (whole - inside).clamp_min(0).float()
+    made_from = {"made_from": f"{basis.count} LoRA files"}
+    return Coefficients(space.layout, c, outside, rows, nobody, made_from)
 
 
 @dataclass(frozen=True, eq=False)
