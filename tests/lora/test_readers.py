@@ -3,16 +3,14 @@
 import pytest
 import torch
 
-from w2wpp import SD15, save_lora, transformer_layout
+from w2wpp import SD15, load_lora, save_lora, transformer_layout
 
 pytest.importorskip("diffusers", reason="diffusers is not installed")
 pytest.importorskip("peft", reason="PEFT is not installed; diffusers loads LoRAs through it too")
 
 from diffusers import UNet2DConditionModel
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
-from peft import LoraConfig, get_peft_model
-from peft.utils import set_peft_model_state_dict
-from safetensors.torch import load_file
+from peft import PeftModel
 
 CONTEXT, ALPHA = 24, 27.0
 
@@ -90,12 +88,47 @@ def assert_the_same(found, lora, layout, exact):
 
 @pytest.mark.parametrize("format", ["kohya", "diffusers"])
 def test_the_pipelines_loader(tmp_path, unet, layout, lora, exact, format):
-    """What `pipe.load_lora_weights(file)` does, without a pipeline."""
+    """What `pipe.load_lora_weights(file)` does, without a pipeline, at a scale of 1."""
     path = tmp_path / "face.safetensors"
     save_lora(lora, path, format=format, alpha=ALPHA, metadata={"w2wpp.space": "test"})
-    state, alphas = StableDiffusionLoraLoaderMixin.lora_state_dict(str(path), local_files_only=True)
-    StableDiffusionLoraLoaderMixin.load_lora_into_unet(state, network_alphas=alphas, unet=unet)
+    state, alphas, metadata = StableDiffusionLoraLoaderMixin.lora_state_dict(
+        str(path), local_files_only=True, return_lora_metadata=True
+    )
+    assert (metadata is not None) == (format == "diffusers")
+    StableDiffusionLoraLoaderMixin.load_lora_into_unet(
+        state, network_alphas=alphas, unet=unet, metadata=metadata
+    )
     assert_the_same(deltas(unet), lora, layout, exact)
+
+
+def test_ranks_of_their_own(tmp_path):
+    """Every module with another rank: kohya, diffusers and PEFT mean alpha / its own rank."""
+    layout, g = narrow_layout(), torch.Generator().manual_seed(1)
+    lora = {}
+    for i, m in enumerate(layout.modules):
+        r = 1 + i % 3
+        a = 0.1 * torch.randn(r, m.in_features, generator=g)
+        lora[m.name] = (a, 0.1 * torch.randn(m.out_features, r, generator=g))
+    for format in ("kohya", "diffusers", "peft"):
+        path = save_lora(lora, tmp_path / format / "x", format=format, alpha=ALPHA)
+        unet = narrow_unet()
+        if format == "peft":
+            model = PeftModel.from_pretrained(unet, str(path))
+            found = deltas(model)
+        else:
+            state, alphas, metadata = StableDiffusionLoraLoaderMixin.lora_state_dict(
+                str(path), local_files_only=True, return_lora_metadata=True
+            )
+            StableDiffusionLoraLoaderMixin.load_lora_into_unet(
+                state, network_alphas=alphas, unet=unet, metadata=metadata
+            )
+            found = deltas(unet)
+        updates = load_lora(path).updates
+        for name, (a, b) in lora.items():
+            expected = ALPHA / len(a) * b @ a
+            torch.testing.assert_close(found[name], expected, rtol=1e-5, atol=1e-6)
+            delta = updates[name].delta()
+            torch.testing.assert_close(delta.b @ delta.a, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_the_models_own_loader(tmp_path, unet, layout, lora, exact):
@@ -105,10 +138,17 @@ def test_the_models_own_loader(tmp_path, unet, layout, lora, exact):
     assert_the_same(deltas(unet), lora, layout, exact)
 
 
-def test_peft_with_the_configuration_beside_it(tmp_path, unet, layout, lora, exact):
-    path = tmp_path / "adapter_model.safetensors"
-    save_lora(lora, path, format="peft", alpha=ALPHA)
-    model = get_peft_model(unet, LoraConfig.from_pretrained(str(tmp_path)))
-    outcome = set_peft_model_state_dict(model, load_file(str(path)))
-    assert not outcome.unexpected_keys
-    assert_the_same(deltas(model), lora, layout, exact)
+@pytest.mark.parametrize("how", ["the folder", "PEFT's file"])
+def test_a_peft_folder_in_the_models_own_loader(tmp_path, unet, layout, lora, exact, how):
+    save_lora(lora, tmp_path / "anna", format="peft", alpha=ALPHA)
+    options = {"prefix": None}
+    if how == "PEFT's file":
+        options = {"prefix": "base_model.model", "weight_name": "adapter_model.safetensors"}
+    unet.load_lora_adapter(str(tmp_path / "anna"), local_files_only=True, **options)
+    assert_the_same(deltas(unet), lora, layout, exact)
+
+
+def test_peft_takes_the_folder(tmp_path, unet, layout, lora, exact):
+    folder = save_lora(lora, tmp_path / "anna", format="peft", alpha=ALPHA)
+    assert folder == tmp_path / "anna"
+    assert_the_same(deltas(PeftModel.from_pretrained(unet, str(folder))), lora, layout, exact)

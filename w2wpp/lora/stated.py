@@ -89,9 +89,13 @@ def stated_number(source: Source, key: str) -> float | None:
 def _of_diffusers(source: Source) -> Stated:
     where = f"{source.path}: {DIFFUSERS}"
     config = _table(where, parse_json(source.metadata[DIFFUSERS], where))
-    ours = {k.removeprefix("unet."): v for k, v in config.items() if k.startswith("unet.")}
-    if not ours and not any("." in key for key in config):
-        ours = config  # of a model by itself
+    # By component, as an adapter of PEFT, or of a model by itself.
+    for prefix in ("unet.", "base_model.model.", ""):
+        ours = {k.removeprefix(prefix): v for k, v in config.items() if k.startswith(prefix)}
+        if "r" in ours or "lora_alpha" in ours:
+            break
+    else:
+        ours = {}
     return _of_config(ours, where) if ours else Stated()
 
 

@@ -3,8 +3,10 @@
 kohya      one file, lora_unet_<module with underscores>.lora_down.weight | .lora_up.weight | .alpha:
            ComfyUI, kohya's tools, A1111 and diffusers' load_lora_weights take it
 diffusers  one file, unet.<module>.lora_A.weight | .lora_B.weight: diffusers' load_lora_weights
-peft       a folder with adapter_model.safetensors (base_model.model.<module>.lora_A.weight ...) and
-           adapter_config.json: PEFT's from_pretrained and diffusers' load_lora_adapter
+peft       a folder: adapter_model.safetensors (base_model.model.<module>.lora_A.weight ...) with
+           adapter_config.json for PEFT's from_pretrained, and the same as
+           pytorch_lora_weights.safetensors (<module>.lora_A.weight ...) for load_lora_adapter(folder,
+           prefix=None) of a diffusers UNet
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from .families import lora_key
 from .stated import DIFFUSERS, FOLDED
 
 FORMATS = ("kohya", "diffusers", "peft")
-ADAPTER = "adapter_model.safetensors"
+ADAPTER, OF_DIFFUSERS = "adapter_model.safetensors", "pytorch_lora_weights.safetensors"
 # What does not load a format, to be said when one is written.
 NOT_LOADED_BY = {
     "diffusers": "ComfyUI and A1111 do not load this format; write kohya for them.",
@@ -125,8 +127,10 @@ def _write_peft(
         )
     ranks = _ranks(lora)
     config = _adapter_config(ranks, dict.fromkeys(ranks, float(alpha)))
-    texts[DIFFUSERS] = json.dumps(config, sort_keys=True)
-    write_container(folder / ADAPTER, _peft_tensors(lora, "base_model.model."), metadata=texts)
+    for name, prefix in ((ADAPTER, "base_model.model."), (OF_DIFFUSERS, "")):
+        said = {f"{prefix}{key}": value for key, value in config.items()}
+        metadata = {**texts, DIFFUSERS: json.dumps(said, sort_keys=True)}
+        write_container(folder / name, _peft_tensors(lora, prefix), metadata=metadata)
     text = json.dumps({**config, "bias": "none", "lora_dropout": 0.0}, indent=2) + "\n"
     with replacing(folder / "adapter_config.json") as f:
         f.write(text.encode())

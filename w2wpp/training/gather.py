@@ -19,7 +19,7 @@ from ..files.tables import read_labels
 from ..lora.gauge import towards
 from ..lora.layout import Layout
 from ..lora.match import Match, match_modules
-from ..lora.source import ADAPTERS, PICKLED
+from ..lora.source import ADAPTERS, PICKLED, adapter_file
 from ..space import Space
 from ..spacefile import load_space
 from .dataset import VectorDataset, holdout_by_identity, write_dataset
@@ -160,6 +160,8 @@ def find_loras(folders: Sequence[str | os.PathLike[str]]) -> list[Path]:
                 continue
             if suffix != ".safetensors" and path.with_suffix(".safetensors").is_file():
                 continue
+            if path.name in ADAPTERS and adapter_file(path.parent) != path:
+                continue  # the same adapter in two spellings
             if path.is_file():
                 found.add(path)
     if not found:
