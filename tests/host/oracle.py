@@ -4,6 +4,8 @@ oracle.py HOST REPO FOLDER writes the cases of tests/lora/foreign.py into FOLDER
 the 64 modules the host patches and how far its updates lie from this library's, as JSON.
 """
 
+# ruff: noqa: E402 - the host is found by its path first
+
 from __future__ import annotations
 
 import importlib.util

@@ -144,7 +144,7 @@ def test_a_peft_folder_in_the_models_own_loader(tmp_path, unet, layout, lora, ex
     options = {"prefix": None}
     if how == "PEFT's file":
         options = {"prefix": "base_model.model", "weight_name": "adapter_model.safetensors"}
-    unet.load_lora_adapter(str(tmp_path / "anna"), local_files_only=True, **options)
+    unet.load_lora_adapter(str(tmp_path / "anna"), **options)
     assert_the_same(deltas(unet), lora, layout, exact)
 
 
