@@ -20,6 +20,8 @@ from w2wpp.files.container import open_container, write_container
 from w2wpp.files.pictures import save_picture
 from w2wpp.files.writing import OLD, is_leftover, remove_leftovers, replacing, write_text
 from w2wpp.identity import Identity
+from w2wpp.training.fit_delta import lora_files
+from w2wpp.training.gather import find_loras
 
 FORKS = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that can be killed")
 
@@ -148,6 +150,12 @@ def test_leftovers_of_earlier_releases_go_too_and_nothing_else_does(tmp_path):
             os.utime(os.path.join(root, name), (time.time() - OLD - 10,) * 2)
     write(tmp_path / "face.safetensors", b"x")
     assert set(os.listdir(tmp_path)) == {*mine, ".import-z9y8x7w6", "face.safetensors"}
+
+
+def test_leftovers_are_no_members_of_a_collection(tmp_path):
+    whole_file(tmp_path / "a.safetensors", 1)
+    whole_file(tmp_path / ".import-a1b2c3d4" / "draft.safetensors", 1)
+    assert find_loras([tmp_path]) == lora_files([tmp_path]) == [tmp_path / "a.safetensors"]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="links need rights on Windows")

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..codecs import build_codec
 from ..delta_basis import DeltaBasis, Grams, compute_grams, delta_components
 from ..errors import ConfigError, DataError, W2WError
+from ..files.writing import is_leftover
 from ..lora.collection import Collection, collect
 from ..lora.families import UNKNOWN, join_key, split_sizes
 from ..lora.layout import Layout, Module
@@ -57,6 +58,7 @@ def lora_files(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
     for path in map(Path, paths):
         if path.is_dir():
             inside = sorted(p for p in path.rglob("*.safetensors") if p.is_file())
+            inside = [p for p in inside if not any(map(is_leftover, p.relative_to(path).parts))]
             if not inside:
                 raise DataError(f"{path} holds no .safetensors file.")
             found += inside

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..encode import read_any, vector_in
 from ..errors import ConfigError, DataError
 from ..files.tables import read_labels
+from ..files.writing import is_leftover
 from ..lora.gauge import towards
 from ..lora.layout import Layout
 from ..lora.match import Match, match_modules
@@ -158,6 +159,8 @@ def find_loras(folders: Sequence[str | os.PathLike[str]]) -> list[Path]:
             usable = suffix == ".safetensors" or suffix in PICKLED
             if not usable or path.name.startswith(".") or _BESIDE.match(path.name):
                 continue
+            if any(map(is_leftover, path.relative_to(folder).parts)):
+                continue  # what a writer left behind that was killed
             if suffix != ".safetensors" and path.with_suffix(".safetensors").is_file():
                 continue
             if path.name in ADAPTERS and adapter_file(path.parent) != path:
