@@ -1,6 +1,8 @@
 """A space of collected LoRAs: what it spans, how it reads others, and its file."""
 
+import copy
 import dataclasses
+import pickle
 
 import pytest
 import torch
@@ -520,3 +522,15 @@ def test_gradients_reach_the_latents(loras, rank, tolerance):
     expected = torch.stack(moved)[None]
     assert float((gradient - expected).norm() / expected.norm()) < tolerance
     assert torch.nn.functional.cosine_similarity(gradient, expected) > 0.95
+
+
+def test_pickled_and_copied_it_needs_no_file(made, tmp_path):
+    save_space(made[0], tmp_path / "s.safetensors")
+    space = load_space(tmp_path / "s.safetensors")
+    z = torch.randn(1, space.latent_size, generator=generator(30))
+    copies = [pickle.loads(pickle.dumps(space)), copy.deepcopy(space), space.to("cpu")]
+    expected = space.decode(z)
+    for other in copies:
+        assert torch.equal(other.decode(z), expected) and other.fingerprint == space.fingerprint
+        torch.testing.assert_close(other.encode(expected).mean, z, atol=1e-4, rtol=0)
+    assert "7 members" in repr(space.basis)

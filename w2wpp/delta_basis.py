@@ -98,10 +98,15 @@ class DeltaBasis:
         return f"DeltaBasis(P={self.size}, K={self.n_components}, {self.count} members)"
 
     def __getstate__(self) -> dict[str, Any]:
-        raise ConfigError(
-            "A space of collected LoRAs reads its members from its file and can't be pickled or copied. Open the file "
-            "in each process instead."
-        )
+        """For pickle and deepcopy: the factors themselves, read now, in place of their files."""
+        names = ("layout", "weights", "mixing", "singular_values")
+        stacks = [self.stack(i) for i in range(len(self.layout.modules))]
+        state = {name: getattr(self, name) for name in names}
+        return {**state, "grams": self.grams, "stacks": _Held(stacks, self.stacks.ranks)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        grams = state.pop("grams")
+        self.__init__(**state, grams=lambda: grams)  # type: ignore[misc]
 
     @property
     def count(self) -> int:
@@ -442,6 +447,16 @@ class _FileStacks:
             torch.arange(self.count).repeat_interleave(ranks),
             self.count,
         )
+
+
+class _Held:
+    """Stacks in memory."""
+
+    def __init__(self, stacks: list[Stack], ranks: Tensor) -> None:
+        self._stacks, self.ranks, self.count = stacks, ranks, ranks.shape[1]
+
+    def stack(self, module: int) -> Stack:
+        return self._stacks[module]
 
 
 class _Moved:
