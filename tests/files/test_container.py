@@ -179,3 +179,23 @@ def test_require_names_what_differs(path):
         file.require("gone", ())
     with pytest.raises(FormatError, match=r"'a' is \[2, 3\] torch\.float32, expected \[any, 4\]"):
         file.require("a", (None, 4), torch.float32)
+
+
+def test_a_file_held_in_memory_reads_the_same(tmp_path):
+    tensors = {"a": torch.randn(3, 4), "b": torch.randn(5), "c": torch.zeros(0)}
+    write_container(tmp_path / "f", tensors)
+    held = open_container(tmp_path / "f").held()
+    (tmp_path / "f").unlink()  # nothing more is read from it
+    for name, t in tensors.items():
+        assert torch.equal(held.read(name), t)
+    assert torch.equal(held.read_rows("a", 1, 3), tensors["a"][1:])
+    assert torch.equal(held.read_columns("a", [2, 0], 1, 3), tensors["a"][[2, 0], 1:3])
+
+
+@pytest.mark.parametrize("beside", [{}, {"n": torch.arange(3)}], ids=["floats", "mixed"])
+def test_held_or_not_numbers_are_checked(tmp_path, beside):
+    write_container(tmp_path / "f", {"a": torch.tensor([1.0, float("nan")]), **beside})
+    held = open_container(tmp_path / "f").held()
+    with pytest.raises(FormatError, match="'a' holds NaN"):
+        held.read("a")
+    assert held.read("a", finite=False).isnan().any()

@@ -18,7 +18,7 @@ import math
 import os
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ..errors import FormatError, W2WError, WriteError
 from .kinds import SEEN, kind_of_bytes
-from .opened import OpenedFile
+from .opened import HeldFile, OpenedFile
 from .text import parse_json
 from .writing import replacing, writable_target
 
@@ -51,6 +51,7 @@ DTYPES = {
     "C64": torch.complex64,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+HELD_BYTES = 64 << 20  # a file that may be read as a whole
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors format itself
 MAX_PEEK = 8_000_000  # bytes that a list of files reads of each
 MAX_DIMENSIONS = 8
@@ -83,6 +84,7 @@ class Container:
     metadata: dict[str, str]
     entries: dict[str, Entry]
     config: dict[str, Any] = field(default_factory=dict)
+    known_finite: bool = False  # checked already, see `held`
 
     @property
     def path(self) -> Path:
@@ -97,6 +99,26 @@ class Container:
 
     def __contains__(self, name: str) -> bool:
         return name in self.entries
+
+    def held(self) -> Container:
+        """The same, read and checked as a whole at once if it is small: for files of which every tensor is
+        wanted."""
+        if self.file.size > HELD_BYTES:
+            return self
+        held = replace(self, file=HeldFile(self.file))
+        return replace(held, known_finite=held._is_finite())
+
+    def _is_finite(self) -> bool:
+        """Whether all numbers are of one floating-point type and finite; False leaves each to be checked."""
+        types = {entry.dtype for entry in self.entries.values()}
+        if not types <= {torch.float16, torch.bfloat16, torch.float32} or len(types) != 1:
+            return False
+        start = min(entry.start for entry in self.entries.values())
+        count = sum(math.prod(entry.shape) for entry in self.entries.values())
+        numbers = torch.empty(count, dtype=types.pop())
+        if count:
+            self.file.read_into(start, _bytes(numbers).numpy().data)
+        return bool(torch.isfinite(numbers).all())
 
     def require(self, name: str, shape: tuple[int | None, ...], *dtypes: torch.dtype) -> Entry:
         """The entry of a tensor that must exist with this shape (None: any) and such a dtype."""
@@ -158,7 +180,7 @@ class Container:
         self.file.read_into(start, stored.numpy().data)
         if tensor.dtype == torch.bool and int(stored.max()) > 1:
             raise FormatError(f"{self.path}: the tensor '{name}' holds something else than flags.")
-        if finite and tensor.is_floating_point():
+        if finite and not self.known_finite and tensor.is_floating_point():
             numbers = tensor.float() if tensor.dtype.itemsize == 1 else tensor  # fp8
             if not bool(torch.isfinite(numbers).all()):
                 raise FormatError(

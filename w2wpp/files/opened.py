@@ -186,3 +186,21 @@ def _said_for(path: Path) -> Iterator[None]:
         if isinstance(e, PermissionError) and os.path.isdir(path):  # Windows opens no folders
             raise FormatError(f"{path} is a folder, expected a file.") from e
         raise FormatError(f"{path} can't be read: {getattr(e, 'strerror', None) or e}.") from e
+
+
+class HeldFile(OpenedFile):
+    """A small file that was read as a whole: every read comes from memory, of the one moment."""
+
+    def __init__(self, opened: OpenedFile) -> None:
+        self.path, self.size, self._kept = opened.path, opened.size, None
+        self._bytes = memoryview(opened.read(0, opened.size))
+        opened.close()
+
+    def read_into(self, start: int, buffer: memoryview) -> None:
+        found = self._bytes[start : start + len(buffer)]
+        if len(found) < len(buffer):
+            raise FormatError(f"{self.path} became shorter while it was read. Open it again.")
+        buffer[:] = found
+
+    def check(self) -> None:
+        """What is held stays as it was."""
