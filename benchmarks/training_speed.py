@@ -132,7 +132,7 @@ def original_step(batch: int) -> dict[str, float]:
 def heldout(rows: int, batch: int | None) -> dict[str, float]:
     data = synthetic_dataset(rows, TENTH_OF_TENTH, heldout=0.1)
     fitted = fit_coefficients(data, 100, metric="parameter")
-    training = VaeTraining(latent=16, batch=batch, epochs=60, patience=20)
+    training = VaeTraining(latent=16, batch=batch, epochs=40, patience=15)
     report = fit_vae(fitted.coefficients, fitted.basis, training).training_report
     return {"r2": report["weight_r2"]["heldout"], "pca": report["weight_r2_of_pca"]["heldout"]}
 
@@ -350,12 +350,12 @@ def measure_gpu(folder: Path, n: int) -> list[Row]:
 
 
 MEASURES: dict[str, tuple[Callable[[Path, int], list[Row]], int]] = {
-    "gram": (measure_gram, 4000),
+    "gram": (measure_gram, 2000),
     "iteration": (measure_iteration, 3000),
-    "growth": (measure_growth, 10_000),
-    "vae": (measure_vae, 8000),
-    "batch": (measure_batch, 20_000),
-    "ranks": (measure_ranks, 10_000),
+    "growth": (measure_growth, 5000),
+    "vae": (measure_vae, 4000),
+    "batch": (measure_batch, 16_000),
+    "ranks": (measure_ranks, 5000),
     "files": (measure_files, 128),
     "gpu": (measure_gpu, 64_974),
 }

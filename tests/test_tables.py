@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
@@ -18,10 +19,20 @@ def tables():
     return module
 
 
-def test_tables_in_readme_are_up_to_date(tables):
-    page = (REPO / "README.md").read_text(encoding="utf-8")
-    assert "<!-- table world.md -->" in page
-    assert tables.fill(page) == page, "run: python benchmarks/tables.py README.md"
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{p.name}" for p in (REPO / "docs").glob("*.md"))])
+def test_tables_in_pages_are_up_to_date(tables, page):
+    text = (REPO / page).read_text(encoding="utf-8")
+    assert page != "README.md" or "<!-- table world.md -->" in text
+    assert tables.fill(text) == text, f"run: python benchmarks/tables.py {page}"
+
+
+def test_rows_of_the_training_benchmark_state_their_goals():
+    rows = json.loads((REPO / "benchmarks/results/training_speed.json").read_text("utf-8"))
+    compare = {"<=": lambda a, b: a <= b, ">=": lambda a, b: a >= b}
+    for row in rows:
+        assert isinstance(row["measured"], float | int) and row["name"]
+        sign, limit = row["goal"].split() if row["goal"] else ("<=", "inf")
+        compare[sign](row["measured"], float(limit))  # reads as a comparison
 
 
 def test_columns_are_picked_by_their_headings(tables, tmp_path, monkeypatch):
