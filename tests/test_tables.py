@@ -19,7 +19,9 @@ def tables():
     return module
 
 
-@pytest.mark.parametrize("page", ["README.md", *(f"docs/{p.name}" for p in (REPO / "docs").glob("*.md"))])
+@pytest.mark.parametrize(
+    "page", ["README.md", *(f"docs/{p.name}" for p in (REPO / "docs").glob("*.md"))]
+)
 def test_tables_in_pages_are_up_to_date(tables, page):
     text = (REPO / page).read_text(encoding="utf-8")
     assert page != "README.md" or "<!-- table world.md -->" in text

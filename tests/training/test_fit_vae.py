@@ -13,6 +13,7 @@ from w2wpp import (
     save_space,
     transformer_layout,
 )
+from w2wpp.errors import ResourceError
 from w2wpp.training.coefficients import Coefficients, components_among, project_dataset
 from w2wpp.training.compute import Compute
 from w2wpp.training.config import VaeTraining, original_training
@@ -354,3 +355,15 @@ def test_the_report_has_pca_of_the_same_size_beside(coefficients, basis):
     assert set(report["weight_r2_of_pca"]) == set(expected)
     for name, value in expected.items():
         assert report["weight_r2_of_pca"][name] == pytest.approx(value, abs=5e-3)
+
+
+def test_out_of_memory_is_one_sentence_with_what_to_change(coefficients, basis, monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried ...")
+
+    monkeypatch.setattr("w2wpp.training.fit_vae.Run", fail)
+    with pytest.raises(ResourceError, match=r"^Out of memory\. .*--batch"):
+        fit_vae(coefficients, basis, SHORT)
+    monkeypatch.setattr("w2wpp.training.fit_vae.Run", lambda *a, **k: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        fit_vae(coefficients, basis, SHORT)

@@ -233,6 +233,7 @@ def _register_fit_start(verbs: Any) -> None:
     p.add_argument(
         "--scale", type=float, default=1.0, help="above 1: answers further from the mean person"
     )
+    compute.add_options(p)
     p.add_argument("-o", "--output", metavar="SPACE", help="default: into the file it came from")
     p.set_defaults(run=fit_start)
 
@@ -249,6 +250,7 @@ def fit_start(args: argparse.Namespace) -> dict[str, Any]:
         config=config,
         painted=args.painted,
         scale=args.scale,
+        compute=Compute.pick(args.device, "bf16" if args.precision == "auto" else args.precision),
         callback=log,
     )
     return {"space": str(output), **report}

@@ -18,6 +18,7 @@ from ..errors import DataError
 from ..metrics import ridge_regression
 from ..rates import warm_cosine
 from ..start_network import StartNetwork, build_start
+from .compute import Compute
 
 # pictures(count, generator) -> pictures [count, 3, H, W] in [-1, 1] and labels [count, L] of who is in them
 Pictures = Callable[[int, torch.Generator], tuple[Tensor, Tensor]]
@@ -58,15 +59,18 @@ def train_reader(
     labels: int,
     config: StartTraining,
     *,
+    compute: Compute | None = None,
     callback: Callable[[str], None] = lambda line: None,
 ) -> StartNetwork:
-    """A network that reads labels [L] from pictures."""
+    """A network that reads labels [L] from pictures; by default trained on the CPU with bf16 products."""
+    compute = compute or Compute(precision="bf16")
     generator = torch.Generator().manual_seed(config.seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         network = StartNetwork(
             labels, size=config.size, width=config.width, features=config.features
         )
+    network.to(compute.device)
     optimiser = torch.optim.AdamW(network.parameters(), lr=config.learning_rate, weight_decay=0.02)
     for step in range(config.steps):
         rate = warm_cosine(step, config.steps, warmup=min(100, 1 + config.steps // 10))
@@ -74,7 +78,8 @@ def train_reader(
         seen, wanted = pictures(config.batch, generator)
         std = config.noise * torch.rand(len(seen), 1, 1, 1, generator=generator)
         seen = seen + std * torch.randn(seen.shape, generator=generator)
-        with torch.autocast(seen.device.type, torch.bfloat16):
+        seen, wanted = compute.put(seen), compute.put(wanted)
+        with compute.products():
             read = network(seen)
         loss = F.mse_loss(read.float(), wanted)
         optimiser.zero_grad()
@@ -83,7 +88,7 @@ def train_reader(
         optimiser.step()
         if (step + 1) % 100 == 0:
             callback(f"start step {step + 1}/{config.steps} loss {loss.item():.4f}")
-    return network.requires_grad_(False).eval()
+    return network.requires_grad_(False).eval().cpu()
 
 
 @dataclass(frozen=True, eq=False)

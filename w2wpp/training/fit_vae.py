@@ -22,7 +22,7 @@ from ..errors import DataError, FormatError, ShapeError, reading
 from ..space import Space
 from .checkpoint import load_checkpoint, save_checkpoint
 from .coefficients import Coefficients, components_among, project_dataset
-from .compute import Compute
+from .compute import Compute, explained
 from .config import VaeTraining
 from .dataset import VectorDataset, holdout_by_identity
 from .ranks import Ranks, current_ranks
@@ -30,6 +30,7 @@ from .report import latent_report, pca_report, reconstruction_report, thinned
 from .run import Progress, Run
 
 CHECKPOINT_EVERY = 25  # epochs
+ADVICE = "Train with a smaller --batch or --hidden, or a basis of fewer --components."
 Callback = Callable[[Progress], object]
 
 
@@ -53,7 +54,23 @@ def fit_vae(
     """
     training = training or VaeTraining()
     where: dict[str, Any] = {"compute": compute or Compute(), "ranks": ranks or current_ranks()}
-    coefficients = _coefficients(data, basis)
+    with explained(ADVICE):
+        coefficients = _coefficients(data, basis)
+        return _fit(
+            coefficients, basis, training, generator, callback, checkpoint, provenance, where
+        )
+
+
+def _fit(
+    coefficients: Coefficients,
+    basis: AnyBasis,
+    training: VaeTraining,
+    generator: torch.Generator | None,
+    callback: Callback | None,
+    checkpoint: str | os.PathLike[str] | None,
+    provenance: Mapping[str, Any] | None,
+    where: Mapping[str, Any],
+) -> Space:
     generator = generator or torch.Generator().manual_seed(training.seed)
     seed = int(torch.randint(2**62, (), generator=generator))
     saved = _Checkpoint(checkpoint, _digest(coefficients, training, seed))

@@ -30,6 +30,7 @@ from ..metrics import pooled_r2
 from ..space import Space
 from ..spacefile import load_space, save_start
 from ..start_network import StartNetwork
+from .compute import Compute
 from .dataset import VectorDataset, load_dataset
 from .directions import encode_rows
 from .fit_start import (
@@ -74,6 +75,7 @@ def fit_start_table(
     config: StartTraining,
     painted: str | os.PathLike[str] | None = None,
     scale: float = 1.0,
+    compute: Compute | None = None,
     callback: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Train a start network and write it into a copy of a space file, or into the file itself.
@@ -102,7 +104,7 @@ def fit_start_table(
     bank = _bank(table.pictures, config.size)
     shown = None if paintings is None else _bank(paintings.pictures, config.size)
     pictures = picture_bank(bank[seen], labels[seen])
-    reader = train_reader(pictures, labels.shape[1], config, callback=callback)
+    reader = train_reader(pictures, labels.shape[1], config, compute=compute, callback=callback)
     answer = LabelMap.fit(of_row[with_lora], z[with_lora], penalty=config.penalty)
     if paintings is not None and shown is not None:
         answer = answer.calibrated(paintings.z, _answers(reader, shown))

@@ -15,9 +15,7 @@ R = TypeVar("R")
 TOGETHER = 16  # things that a process gets at a time
 
 
-def in_order(
-    function: Callable[[T], R], things: Sequence[T], workers: int
-) -> Iterator[R]:
+def in_order(function: Callable[[T], R], things: Sequence[T], workers: int) -> Iterator[R]:
     """function(thing) for every thing. With several workers it must be picklable, and so must its results
     be without torch's shared memory (numpy arrays, not tensors); each works single-threaded."""
     if workers < 2 or len(things) < 2 * TOGETHER:
