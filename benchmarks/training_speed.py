@@ -26,13 +26,14 @@ import torch
 import torch.multiprocessing as multiprocessing
 from publish import publish
 
-from w2wpp import SD15, Layout, build_codec, load_lora, save_lora, transformer_layout
+from w2wpp import SD15, Layout, build_codec, save_lora, transformer_layout
 from w2wpp.codecs.original import Original
 from w2wpp.training.compute import Compute
 from w2wpp.training.config import VaeTraining
 from w2wpp.training.dataset import load_dataset
 from w2wpp.training.fit_basis import fit_coefficients
 from w2wpp.training.fit_vae import fit_vae
+from w2wpp.training.gather import row_reader
 from w2wpp.training.run import Run
 from w2wpp.training.synthetic import synthetic_dataset, write_synthetic
 
@@ -171,13 +172,13 @@ def files(folder: str, ours: bool) -> dict[str, float]:
     """LoRA files a second, read and laid out."""
     from safetensors.torch import load_file
 
-    paths = sorted(Path(folder).glob("*.safetensors"))
-    rates = []
+    paths = sorted(p for p in Path(folder).rglob("*.safetensors") if p.is_file())
+    read, rates = row_reader(paths, SD15, "keep"), []
     for _ in range(3):
         with Spent() as spent:
             for path in paths:
                 if ours:
-                    load_lora(path).vector(SD15)
+                    read(path)
                 else:
                     torch.cat([t.flatten() for t in load_file(path).values()])
         rates.append(len(paths) / spent.result["seconds"])

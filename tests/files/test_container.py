@@ -134,7 +134,7 @@ def test_another_format_is_refused_by_name(path, tmp_path):
         {"dtype": "F32", "shape": [7], "data_offsets": [0, 24]},  # shape and bytes differ
         {"dtype": "F32", "shape": [-6], "data_offsets": [0, 24]},
         {"dtype": "F32", "shape": [6.0], "data_offsets": [0, 24]},
-        {"dtype": "F8_E4M3", "shape": [24], "data_offsets": [0, 24]},
+        {"dtype": "F6_E2M3", "shape": [24], "data_offsets": [0, 24]},
         {"dtype": "F32", "shape": [6], "data_offsets": [4, 28]},  # a gap
         {"dtype": "F32", "shape": [1] * 9, "data_offsets": [0, 4]},
         {"dtype": "F32"},

@@ -95,6 +95,8 @@ def register(verbs: Any) -> None:
         metavar="keep|first|SPACE",
         help="keep the files' own; or bring every LoRA, of any rank, into that of the first file or of a space",
     )
+    p.add_argument("--workers", type=int, default=1, help="processes that read (default 1)")
+    p.add_argument("--half", action="store_true", help="in half precision: half the file")
     p.add_argument(
         "--min-energy",
         type=float,
@@ -283,6 +285,9 @@ def dataset(args: argparse.Namespace) -> dict[str, Any]:
         max_missing=args.max_missing,
         assume_family=is_stated(args.base_model, layout),
         losses=losses,
+        workers=args.workers,
+        precision="half" if args.half else "single",
+        callback=log,
     )
     return {
         "data": args.output,

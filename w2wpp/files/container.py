@@ -283,17 +283,13 @@ def write_resumably(
     beginning = io.BytesIO(header)
     beginning.seek(0, io.SEEK_END)
     for name in sorted(tensors):
-        if name > last:
-            raise FormatError(
-                f"'{name}' would follow '{last}', which has to be the last of its file."
-            )
-        if name != last:
+        if name < last:
             _write_tensor(beginning, name, tensors[name])
     partial = writable_target(partial_of(path))
     row = math.prod(announced.shape[1:]) * announced.dtype.itemsize
     try:
         with open(partial, "r+b" if partial.exists() else "w+b") as f:
-            done = _rows_there(f, beginning.getvalue(), row)
+            done = _rows_there(f, beginning.getvalue(), row, announced.shape[0])
             for chunk in chunks(done) if done < announced.shape[0] else ():
                 done += len(chunk)
                 f.write(_bytes(chunk.detach().to("cpu", announced.dtype).contiguous()).numpy().data)
@@ -301,6 +297,9 @@ def write_resumably(
                 raise FormatError(
                     f"'{last}' was announced with {announced.shape[0]} rows, {done} arrived."
                 )
+            for name in sorted(tensors):
+                if name > last:
+                    _write_tensor(f, name, tensors[name])
             f.flush()
             os.fsync(f.fileno())
         os.replace(partial, writable_target(path))
@@ -313,11 +312,11 @@ def write_resumably(
         ) from e
 
 
-def _rows_there(f: BinaryIO, beginning: bytes, row: int) -> int:
+def _rows_there(f: BinaryIO, beginning: bytes, row: int, most: int) -> int:
     """Whole rows that a partial file has behind this beginning; afterwards it ends behind them."""
     there = f.read(len(beginning)) == beginning
     size = os.fstat(f.fileno()).st_size
-    rows = (size - len(beginning)) // row if there and row else 0
+    rows = min(most, (size - len(beginning)) // row) if there and row else 0
     f.truncate(len(beginning) + rows * row if there else 0)
     f.seek(0, io.SEEK_END)
     if not there:

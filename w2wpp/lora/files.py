@@ -155,6 +155,11 @@ def lora_of_tensors(
     return replace(_read(InMemory(Path(name), tensors), layers), path="")
 
 
+def lora_of_source(source: Source, *, layers: int | None = None) -> LoraFile:
+    """The same from whatever tensors come from."""
+    return _read(source, layers)
+
+
 def _read(source: Source, layers: int | None) -> LoraFile:
     layers = layers or layers_of(source.entries) or LAYERS
     modules: dict[str, dict[str, str]] = {}

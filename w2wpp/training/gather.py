@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..encode import read_any, vector_in
 from ..errors import ConfigError, DataError
+from ..files.container import open_container, partial_of
 from ..files.tables import read_labels
 from ..files.writing import is_leftover
 from ..lora.gauge import towards
@@ -23,7 +27,10 @@ from ..lora.match import Match, match_modules
 from ..lora.source import ADAPTERS, PICKLED, adapter_file
 from ..space import Space
 from ..spacefile import load_space
+from . import alike
 from .dataset import VectorDataset, holdout_by_identity, write_dataset
+from .meter import Meter
+from .workers import in_order
 
 # Folders and files that training scripts put around or beside an adapter.
 _INNER_FOLDER = re.compile(r"unet|lora|adapter|final|last|best|checkpoint-\d+|step[-_]?\d+", re.I)
@@ -44,12 +51,12 @@ class Losses:
     )  # share of the layout's modules taken as no update
     ignored: list[int] = field(default_factory=list)  # modules outside of the layout
 
-    def add(self, name: str, kept: float, match: Match) -> None:
+    def add(self, name: str, kept: float, missing: float, ignored: int) -> None:
         """One more row."""
         self.names.append(name)
         self.kept.append(kept)
-        self.missing.append(len(match.missing) / len(match.layout.modules))
-        self.ignored.append(len(match.ignored))
+        self.missing.append(missing)
+        self.ignored.append(ignored)
 
     def summary(self) -> dict[str, Any]:
         """The distributions and the worst rows by name, for whoever makes the data set."""
@@ -103,6 +110,9 @@ def gather_loras(
     max_missing: float = 0.25,
     assume_family: bool = False,
     losses: Losses | None = None,
+    workers: int = 1,
+    precision: str = "single",
+    callback: Callable[[str], object] = lambda line: None,
 ) -> VectorDataset:
     """Write the LoRA files in folders, sorted by path, as a data set.
 
@@ -111,6 +121,9 @@ def gather_loras(
     into that of the "first", or into that of a space file. LoRAs that keep less than ``min_energy`` of their update in
     the layout's rank, or lack more than ``max_missing`` of its modules, raise DataError; ``losses`` is filled with what
     every one lost.
+
+    A run that was killed is taken up where it stood, with the same bytes. ``workers`` processes read; ``precision`` is
+    "single" or "half"; the callback is told how far it is.
     """
     for name, share in (("min_energy", min_energy), ("max_missing", max_missing)):
         if not 0 <= share <= 1:
@@ -126,15 +139,29 @@ def gather_loras(
     values = None if table is None else torch.stack([table.of(*names_of(p)) for p in paths])
     found = Losses() if losses is None else losses
     towards = gauge if gauge in ("keep", "first") else load_space(gauge)
-    rows = vectors(paths, layout, towards, found, assume_family=assume_family)
+    read = row_reader(paths, layout, towards, assume_family=assume_family)
+    journal, meter = _Journal(output), Meter("files", len(paths), callback)
+
+    def rows(start: int) -> Iterator[Tensor]:
+        past = journal.take_up(start)
+        if past is None:  # rows without what they lost are read again for that
+            past = [(r.kept, r.missing, r.ignored) for r in map(read, paths[:start])]
+        for path, lost in zip(paths, past):
+            found.add(str(path), *lost)
+        meter.begin(start)
+        for i, row in enumerate(in_order(read, paths[start:], workers), start):
+            journal.add(row)
+            found.add(str(paths[i]), row.kept, row.missing, row.ignored)
+            meter(i + 1)
+            yield torch.from_numpy(row.w)[None]
 
     def kept() -> Iterator[Tensor]:  # asked for once all rows are through
         found.require(min_energy, max_missing)
         yield torch.tensor(found.kept)
 
-    return write_dataset(
+    written = write_dataset(
         output,
-        (w[None] for w in rows),
+        rows,
         layout,
         identity,
         heldout=holdout_by_identity(identity, heldout, generator=generator),
@@ -147,7 +174,10 @@ def gather_loras(
             "seed": seed,
             "gauge": gauge if gauge in ("keep", "first") else "a space's",
         },
+        precision=precision,
     )
+    journal.path.unlink(missing_ok=True)
+    return written
 
 
 def find_loras(folders: Sequence[str | os.PathLike[str]]) -> list[Path]:
@@ -229,15 +259,76 @@ def public(provenance: Mapping[str, Any]) -> dict[str, Any]:
     return facts
 
 
-def vectors(
-    paths: Sequence[Path],
-    layout: Layout,
-    gauge: str | Space,
-    losses: Losses,
-    *,
-    assume_family: bool = False,
-) -> Iterator[Tensor]:
-    """The vectors [P] of files, in the gauge asked for: "keep", "first" or that of a space."""
+@dataclass(frozen=True, eq=False)
+class Row:
+    """A file's vector [P], and what it lost on its way."""
+
+    w: np.ndarray
+    kept: float  # share of |Delta|^2 that the layout's rank holds
+    missing: float  # share of the layout's modules taken as no update
+    ignored: int  # modules outside of the layout
+
+
+@dataclass(frozen=True, eq=False)
+class RowReader:
+    """Path -> row in the gauge asked for: "keep", that of a space, or towards a reference [P]."""
+
+    layout: Layout
+    gauge: str | Space
+    reference: Tensor | None = None
+    assume_family: bool = False
+
+    def __call__(self, path: Path) -> Row:
+        if self.gauge != "keep" or path.suffix.lower() != ".safetensors":
+            return self._read(path)[0]
+        with open_container(path) as file:
+            key = alike.description(file)
+            key = key and f"{self._settings} {key}"
+            plan = _PLANS.get(key or "", False)
+            if isinstance(plan, alike.Plan):
+                w = plan.apply(alike.numbers_of(file))
+                if w is not None:
+                    return Row(w, 1.0, 0.0, 0)
+            row, plain = self._read(path)
+            if plan is None and key:  # seen once before: more will come
+                found = (
+                    alike.find_plan(file, self.layout, torch.from_numpy(row.w)) if plain else None
+                )
+                _PLANS[key] = found or False
+            elif key and key not in _PLANS:
+                _PLANS[key] = None
+            return row
+
+    @cached_property
+    def _settings(self) -> str:
+        return json.dumps([self.layout.to_json(), self.assume_family])
+
+    def _read(self, path: Path) -> tuple[Row, bool]:
+        """By the reader of every kind of LoRA; and whether it took the file's numbers as they are."""
+        file = read_any(path, self.layout)
+        if isinstance(self.gauge, Space):
+            w, match = vector_in(self.gauge, file, assume_family=self.assume_family)
+        else:
+            match = match_modules(file, self.layout, assume_family=self.assume_family)
+            w = (
+                file.vector(self.layout)
+                if self.reference is None
+                else _turned(match, self.reference)
+            )
+        kept = _kept(match, w)
+        missing, ignored = len(match.missing) / len(self.layout.modules), len(match.ignored)
+        plain = kept > 1 - 1e-9 and not missing and not ignored and match.own() is not None
+        return Row(w.float().numpy(), kept, missing, ignored), plain
+
+
+# How files of a description are read, in this process: None for one that was seen once, False for none.
+_PLANS: dict[str, alike.Plan | bool | None] = {}
+
+
+def row_reader(
+    paths: Sequence[Path], layout: Layout, gauge: str | Space, *, assume_family: bool = False
+) -> RowReader:
+    """What reads files in the gauge asked for: "keep", "first" or that of a space."""
     if isinstance(gauge, Space) and gauge.layout != layout:
         raise ConfigError(
             f"The space has the layout '{gauge.layout.name}'; give it as --layout too."
@@ -245,15 +336,31 @@ def vectors(
     reference = None
     if gauge == "first":
         reference = reference_of(paths, layout, assume_family=assume_family)
-    for path in paths:
-        file = read_any(path, layout)
-        if isinstance(gauge, Space):
-            w, match = vector_in(gauge, file, assume_family=assume_family)
-        else:
-            match = match_modules(file, layout, assume_family=assume_family)
-            w = file.vector(layout) if reference is None else _turned(match, reference)
-        losses.add(str(path), _kept(match, w), match)
-        yield w
+    return RowReader(layout, gauge, reference, assume_family)
+
+
+class _Journal:
+    """What every row lost, beside the rows that a killed write left; a line a row."""
+
+    def __init__(self, output: str | os.PathLike[str]) -> None:
+        partial = partial_of(output)
+        self.path = partial.with_name(partial.name + ".rows")
+
+    def take_up(self, count: int) -> list[tuple[float, float, int]] | None:
+        """The first `count` rows, and nothing else is left of it; None where they are not all there."""
+        lines = self.path.read_text("utf-8").splitlines()[:count] if self.path.exists() else []
+        try:
+            rows = [tuple(json.loads(line)) for line in lines]
+        except ValueError:
+            return None
+        if len(rows) != count or any(len(row) != 3 for row in rows):
+            return None
+        self.path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        return rows  # type: ignore[return-value]
+
+    def add(self, row: Row) -> None:
+        with open(self.path, "a", encoding="utf-8") as f:
+            f.write(json.dumps([row.kept, row.missing, row.ignored]) + "\n")
 
 
 def reference_of(paths: Sequence[Path], layout: Layout, *, assume_family: bool = False) -> Tensor:
