@@ -22,6 +22,8 @@ from .renderer import IMAGE_SIZE, render
 from .scene import Scene, sample_identities, sample_scenes
 from .vae import AvatarVae
 
+REPORT_EVERY = 250  # steps
+
 
 @dataclass(frozen=True)
 class VaeTraining:
@@ -44,9 +46,13 @@ def train_vae(
     config: VaeTraining,
     *,
     checkpoint: Path | None = None,
+    every: int = 1_000,
     callback: Callable[[str], None] = lambda line: None,
 ) -> AvatarVae:
-    """Train and return the averaged model. With ``checkpoint`` the run resumes where it stopped."""
+    """Train and return the averaged model.
+
+    With ``checkpoint``, written ``every`` so many steps, the run resumes where it stopped.
+    """
     generator = torch.Generator().manual_seed(config.seed)
     torch.manual_seed(config.seed)
     pictures, scene = rendered(config.pictures, generator)
@@ -74,10 +80,10 @@ def train_vae(
         decay = min(config.average, step / (step + 10))
         torch._foreach_lerp_(list(averaged.parameters()), list(model.parameters()), 1 - decay)
         recent = error if recent == 0 else 0.98 * recent + 0.02 * error
-        if step % 250 == 0 or step == config.steps:
+        if step % REPORT_EVERY == 0 or step == config.steps:
             seconds = time.monotonic() - started
             callback(f"vae step {step}/{config.steps} PSNR {psnr(recent):.2f} dB {seconds:.0f} s")
-        if step % 1_000 == 0 or step == config.steps:
+        if step % every == 0 or step == config.steps:
             save_run(checkpoint, state, step=step, config=asdict(config))
     _normalise(averaged, pictures[:2_000])
     return averaged
