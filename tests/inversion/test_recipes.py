@@ -1,10 +1,13 @@
 """Recipes: every method has one for both kinds of start, and every number of it can be set."""
 
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import torch
 
+from w2wpp.errors import ConfigError
 from w2wpp.inversion import FROM_AVERAGE, FROM_GUESS, Pivotal, recipe_for
 from w2wpp.inversion.adam import Adam
 from w2wpp.inversion.cma import Cma
@@ -77,3 +80,9 @@ def test_the_numbers_that_were_chosen():
         8,
         4,
     ]
+
+
+def test_a_missing_package_is_named_with_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cma", None)
+    with pytest.raises(ConfigError, match="pip install cma"):
+        Cma().begin(torch.zeros(1, 4), steps=1, seed=0)

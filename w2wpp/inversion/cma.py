@@ -87,7 +87,13 @@ class CmaRun:
 def _strategy(settings: Cma, x0: np.ndarray, seed: int) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about its optional plots
-        import cma  # slow to import, and only needed here
+        try:
+            import cma  # slow to import, and only needed here
+        except ImportError as e:
+            raise ConfigError(
+                "The method 'cma' needs the package cma, which is not installed. Run "
+                "'python -m pip install cma' with the Python that runs this, or choose the method 'adam'."
+            ) from e
     # Its own generator: pycma uses and seeds numpy's global one otherwise.
     random = np.random.RandomState(seed % 2**32)
     options = {

@@ -113,7 +113,7 @@ class Runner {
     }
     this.busy = true;
     await app.queuePrompt(0, 1, node ? [serverId(node)] : undefined);
-    if (Object.keys(app.lastNodeErrors ?? {}).length) this.finished(); // refused: nothing is under way
+    if (await isIdle()) this.finished(); // refused, or over already
   }
 
   finished() {
@@ -121,6 +121,16 @@ class Runner {
     this.busy = false;
     this.next = null;
     if (next) this.run(next.node);
+  }
+}
+
+/** Whether the server has nothing to do; also if it does not say. */
+async function isIdle() {
+  try {
+    const { Running, Pending } = await api.getQueue();
+    return !Running.length && !Pending.length;
+  } catch {
+    return true;
   }
 }
 

@@ -17,7 +17,7 @@ class FaceGrid {
     this.say = texts();
     this.crossing = false;
     this.focus = 0;
-    this.busy = null; // names of the faces painted so far, while a run is under way
+    this.busy = null; // the generation that is being painted, while a run is under way
     this.told = "";
     this.build();
   }
@@ -51,9 +51,11 @@ class FaceGrid {
   remember({ generation, keys, seed, truncation }) {
     const of = JSON.stringify([seed, truncation]);
     const before = this.node.properties?.[PROPERTY];
-    const names = before?.of === of ? before.names : {};
+    const names = { ...(before?.of === of ? before.names : {}), [generation]: keys };
+    const wanted = new Set([generation, ...families.path(this.family).map((step) => step.generation)]);
+    const kept = Object.entries(names).filter(([g]) => wanted.has(Number(g)));
     this.node.properties ??= {};
-    this.node.properties[PROPERTY] = { of, names: { ...names, [generation]: keys } };
+    this.node.properties[PROPERTY] = { of, names: Object.fromEntries(kept) };
   }
 
   origin() {
@@ -110,7 +112,7 @@ class FaceGrid {
     }
     this.focus = Math.min(this.focus, count - 1);
     const family = this.family;
-    const names = this.busy ?? this.names(family.at);
+    const names = this.names(family.at);
     this.cells.forEach((cell, i) => this.drawCell(cell, i, family, names[i]));
     this.drawPath(family);
     if (document.activeElement !== this.name) this.name.value = valueOf(this.node, "attribute", "");
@@ -203,7 +205,7 @@ class FaceGrid {
     const painted = names.filter(Boolean).length;
     let text = this.say.ready(this.count, this.chosen);
     if (this.crossing) text = this.say.pickOther;
-    else if (this.busy) text = this.say.painting(painted, this.count);
+    else if (this.busy === this.family.at) text = this.say.painting(painted, this.count);
     else if (painted < this.count) text = this.say.unpainted;
     else if (this.told) text = this.told;
     if (this.status.textContent !== text) this.status.textContent = text;
@@ -304,7 +306,7 @@ class FaceGrid {
 
   painting(detail) {
     this.remember(detail);
-    this.busy = detail.keys;
+    this.busy = detail.generation;
     this.draw();
   }
 
@@ -371,7 +373,7 @@ api.addEventListener("w2wpp.faces", ({ detail }) => {
 for (const end of ["execution_interrupted", "execution_error"]) {
   api.addEventListener(end, () => {
     for (const grid of grids) {
-      if (!grid.busy) continue;
+      if (grid.busy === null) continue;
       grid.busy = null; // what is painted stays
       grid.draw();
     }
