@@ -38,8 +38,8 @@ class ApplyDecodedLora(io.ComfyNode):
                     max=1.0,
                     step=0.01,
                     optional=True,
-                    tooltip="From which share of the sampling on the LoRA acts. 0 is from the start. Later leaves the "
-                    "composition to the model and changes the face only, 1 is never.",
+                    tooltip="The point in sampling from which the LoRA acts: 0 is from the start, 1 is never. A "
+                    "later start leaves the composition to the model and changes only the face.",
                 ),
             ],
             outputs=[

@@ -32,7 +32,7 @@ class LoadAvatarModel(io.ComfyNode):
                 io.Combo.Input(
                     "background",
                     options=words["background"],
-                    tooltip="What stands behind the person. 'any' leaves it to the model.",
+                    tooltip="The background. 'any' leaves it to the model.",
                 ),
                 io.Combo.Input(
                     "smile",
@@ -134,7 +134,7 @@ def _conditioning(config: dict[str, Any], table: torch.Tensor, chosen: dict[str,
 
 
 def _vocabulary() -> dict[str, list[str]]:
-    """The choices of each slot, the empty word last; nothing to choose from without a file that reads."""
+    """The choices of each slot, the empty word last; nothing to choose from without a file that can be read."""
     return {slot: [*words, ANY] for slot, words in _words(folders.file_stamp(BASE_FILE)).items()}
 
 

@@ -28,8 +28,8 @@ FOLDER_TIP = (
     "listed below or connected."
 )
 FILES_TIP = (
-    "LoRA files in models/loras/, one a line. Behind a bar their weight, and behind another a name: "
-    "anna.safetensors | 2 | Anna. For files of the folder this sets weight and name."
+    "LoRA files in models/loras/, one per line. After a bar comes the weight, after a second bar a name: "
+    "anna.safetensors | 2 | Anna. For files in the folder, this sets their weight and name."
 )
 
 
@@ -55,22 +55,24 @@ class SpaceFromLoras(io.ComfyNode):
                 io.String.Input(
                     "save_as",
                     default="",
-                    tooltip="Name of a file in models/w2wpp/, for W2W++ Load Space. Empty only passes the space on.",
+                    tooltip="Name of a file in models/w2wpp/, for W2W++ Load Space. Leave empty to pass the "
+                    "space on without saving it.",
                 ),
                 io.Int.Input(
                     "rank",
                     default=0,
                     min=0,
                     max=1024,
-                    tooltip="Of the LoRAs that come out. 0 takes the largest of the files, and at least 32.",
+                    tooltip="Rank of the LoRAs that the space gives. 0 uses the largest rank among the files, "
+                    "and at least 32.",
                 ),
                 io.Int.Input(
                     "components",
                     default=0,
                     min=0,
                     max=4096,
-                    tooltip="How many directions the space keeps, those first in which the files differ most. 0 keeps "
-                    "all, one fewer than there are files.",
+                    tooltip="How many directions the space keeps, starting with those in which the files differ "
+                    "most. 0 keeps all of them, one fewer than there are files.",
                     **advanced(),
                 ),
                 io.Int.Input(
@@ -78,8 +80,8 @@ class SpaceFromLoras(io.ComfyNode):
                     default=0,
                     min=0,
                     max=1024,
-                    tooltip="Keep only so many ranks of each file, for a smaller space; the report tells the error. 0 "
-                    "keeps all.",
+                    tooltip="Keep only this many ranks of each file, for a smaller space; the report states the "
+                    "error. 0 keeps all.",
                     **advanced(),
                 ),
                 LoraSocket.Input(
@@ -164,12 +166,13 @@ class CompareLoras(io.ComfyNode):
             outputs=[
                 io.Image.Output(
                     display_name="matrix",
-                    tooltip="The cosine of every pair: 1 (red) is the same change, 0 (white) nothing in common, -1 "
-                    "(blue) the opposite.",
+                    tooltip="The cosine of every pair: 1 (red) is the same change, 0 (white) is nothing in "
+                    "common, -1 (blue) is the opposite.",
                 ),
                 io.Image.Output(
                     display_name="map",
-                    tooltip="The LoRAs on a plane, as near to each other as a plane allows.",
+                    tooltip="A map of the LoRAs: the closer two are, the more alike, as far as a plane can show "
+                    "it.",
                 ),
                 io.String.Output(
                     display_name="report",

@@ -16,8 +16,8 @@ class EncodeLora(io.ComfyNode):
         return schema(
             node_id="W2WPP_EncodeLora",
             display_name="W2W++ Encode LoRA",
-            description="Finds the person in a space who is nearest to a LoRA, and tells how near. From there they can "
-            "be edited and mixed with others.",
+            description="Finds the person in a space who is closest to a LoRA, and reports how close. From there "
+            "they can be edited and mixed with others.",
             search_aliases=["lora to identity", "project lora", "invert lora", "weights2weights"],
             inputs=[
                 SpaceSocket.Input(
@@ -58,7 +58,8 @@ class EncodeLora(io.ComfyNode):
                 ),
                 io.Float.Output(
                     display_name="error",
-                    tooltip="The relative error of the weights' change: 0 is exact, 1 as far off as no LoRA at all.",
+                    tooltip="The relative error of the change to the model's weights: 0 is exact, 1 is as far "
+                    "off as using no LoRA at all.",
                 ),
             ],
             is_output_node=True,

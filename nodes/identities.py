@@ -60,7 +60,7 @@ class SampleIdentity(io.ComfyNode):
                     default=False,
                     optional=True,
                     tooltip="For a space of your own LoRAs: mix three of them at random, with weights that sum to one, "
-                    "so that what is drawn stays inside of the collection.",
+                    "so that what is drawn stays within the collection.",
                 ),
             ],
             outputs=[

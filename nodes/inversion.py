@@ -71,10 +71,10 @@ class InvertFromImage(io.ComfyNode):
                     default=0,
                     min=0,
                     max=10000,
-                    tooltip="How many steps to take. 0 takes the method's own number.",
+                    tooltip="How many steps to take. 0 uses the method's default.",
                 ),
                 seed_of_people(
-                    "Of the noise under which the picture is looked at. The result hardly depends on it."
+                    "Seed of the noise that is added to the picture. The result hardly depends on it."
                 ),
                 io.Mask.Input(
                     "mask",
@@ -93,8 +93,8 @@ class InvertFromImage(io.ComfyNode):
                     default=0,
                     min=0,
                     max=256,
-                    tooltip="How many noised copies of the pictures each step looks at. More is steadier and slower. 0 "
-                    "takes the method's own number.",
+                    tooltip="How many noised copies of the pictures each step compares. More is steadier and "
+                    "slower. 0 uses the method's default.",
                     **advanced(),
                 ),
                 io.Float.Input(
@@ -103,8 +103,8 @@ class InvertFromImage(io.ComfyNode):
                     min=0.0,
                     max=10.0,
                     step=0.005,
-                    tooltip="How far a step goes: for cma the width of its first population, in standard deviations of "
-                    "the space. 0 takes the method's own.",
+                    tooltip="The size of a step; for cma, the standard deviation of its first population. 1 is "
+                    "one standard deviation of the space. 0 uses the method's default.",
                     **advanced(),
                 ),
                 io.Float.Input(
@@ -114,8 +114,8 @@ class InvertFromImage(io.ComfyNode):
                     max=10.0,
                     step=0.001,
                     round=0.0001,
-                    tooltip="How strongly the person is held near the people that the space knows: 0 not at all. -1 "
-                    "takes the recommended strength.",
+                    tooltip="How strongly the person is kept close to the people that the space knows: 0 is not "
+                    "at all, -1 uses the recommended strength.",
                     **advanced(),
                 ),
                 io.Float.Input(
@@ -124,9 +124,9 @@ class InvertFromImage(io.ComfyNode):
                     min=-1.0,
                     max=1.0,
                     step=0.05,
-                    tooltip="The share of the steps that refines, at the end, what the space can't express. Nearer to "
-                    "the picture, somewhat less editable; 0 is never, and -1 takes the recommended share. Needs "
-                    "gradients.",
+                    tooltip="Extra steps at the end, as a share of the steps, that refine what the space can't "
+                    "express: closer to the picture, somewhat less editable. 0 is none, -1 uses the recommended "
+                    "share. Needs gradients.",
                     **advanced(),
                 ),
                 io.Int.Input(
@@ -135,8 +135,8 @@ class InvertFromImage(io.ComfyNode):
                     min=0,
                     max=2048,
                     step=8,
-                    tooltip="The pictures are scaled to the area of a square with sides this long. 0 takes the size "
-                    "that the model paints at.",
+                    tooltip="The pictures are scaled to the area of a square with sides of this many pixels. 0 "
+                    "uses the size that the model was trained on.",
                     **advanced(),
                 ),
                 io.Int.Input(
@@ -144,8 +144,8 @@ class InvertFromImage(io.ComfyNode):
                     default=-1,
                     min=-1,
                     max=10000,
-                    tooltip="After how many steps the person found so far is painted on the node, if previews are on "
-                    "in the host's settings. 0 is never, and -1 is eight times in all.",
+                    tooltip="The person found so far is painted on the node every so many steps, if previews are "
+                    "on in ComfyUI's settings. 0 is never, -1 is eight times in all.",
                     **advanced(),
                 ),
             ],
@@ -155,12 +155,12 @@ class InvertFromImage(io.ComfyNode):
                 ),
                 io.Image.Output(
                     display_name="curve",
-                    tooltip="The loss at every step, and the best so far; their running mean where every step has "
-                    "other noise.",
+                    tooltip="The loss at every step and the best so far, or a running mean where every step uses "
+                    "different noise.",
                 ),
                 io.String.Output(
                     display_name="report",
-                    tooltip="What was done, on which device, how far it came and why it stopped.",
+                    tooltip="What was done, on which device, how far the loss fell and why it stopped.",
                 ),
             ],
             hidden=[io.Hidden.unique_id],

@@ -73,7 +73,7 @@ class Sliders(io.ComfyNode):
                     min=0,
                     max=0xFFFFFFFFFFFFFFFF,
                     optional=True,
-                    tooltip="Of the noise that the strip is painted from.",
+                    tooltip="Seed of the noise that the strip is painted from.",
                     **advanced(),
                 ),
                 SlidersWidget.Input(

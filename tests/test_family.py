@@ -155,7 +155,7 @@ def test_a_long_line_of_parents_is_no_deeper_than_python_recurses(pca):
         (lambda t: t | {"v": 2}, "version 2"),
         (lambda t: t | {"at": 4}, "from 0 to 3"),
         (lambda t: t | {"at": True}, "True"),
-        (lambda t: t | {"g": []}, "does not read"),
+        (lambda t: t | {"g": []}, "cannot be read"),
         (lambda t: t | {"g": [{"k": "clone"}], "at": 0, "plus": []}, "no generation is 'clone'"),
         (lambda t: t | {"g": [{"k": "new", "p": 0}], "at": 0, "plus": []}, "generation 0"),
         (lambda t: t | {"g": [*t["g"][:1], {"k": "like", "p": 1, "of": [0], "r": 0.1}]}, "1"),
@@ -164,8 +164,8 @@ def test_a_long_line_of_parents_is_no_deeper_than_python_recurses(pca):
         (lambda t: t | {"g": [*t["g"][:1], {"k": "like", "p": 0, "of": [0], "r": 2}]}, "radius"),
         (lambda t: t | {"g": [*t["g"][:1], {"k": "new", "p": 0, "keep": [-1]}]}, "-1"),
         (lambda t: t | {"minus": [[1, 2]]}, "at once"),
-        (lambda t: {k: v for k, v in t.items() if k != "at"}, "does not read"),
-        (lambda t: [t], "does not read"),
+        (lambda t: {k: v for k, v in t.items() if k != "at"}, "cannot be read"),
+        (lambda t: [t], "cannot be read"),
     ],
 )  # fmt: skip
 def test_a_text_that_is_no_family_is_refused_in_words(spoil, said):

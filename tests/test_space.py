@@ -188,7 +188,7 @@ def test_compact_never_loses_a_number():
 def test_parts_must_meet(space, layout):
     with pytest.raises(ShapeError, match="dimensions"):
         dataclasses.replace(space, prior_mean=torch.zeros(99))
-    with pytest.raises(ShapeError, match="must meet"):
+    with pytest.raises(ShapeError, match="must fit together"):
         dataclasses.replace(space, layout=dataclasses.replace(layout, rank=1))
     with pytest.raises(ValueError, match="positive"):
         dataclasses.replace(space, prior_std=torch.zeros(space.latent_size))

@@ -93,7 +93,7 @@ class Basis:
         """The basis.* tensors of a file, checked now and read later; `config` as `config()` gave it."""
         size, n_components = layout.size, config["rank"]  # "rank" in files
         if type(n_components) is not int or n_components < 1:
-            raise ConfigError(f"a basis has one component at least. Got {n_components!r}.")
+            raise ConfigError(f"a basis has at least one component. Got {n_components!r}.")
         floats = (torch.float16, torch.float32)
         file.require("basis.mean", (size,), *floats)
         file.require("basis.std", (size,), *floats)

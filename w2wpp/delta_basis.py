@@ -388,7 +388,7 @@ def delta_components(
         )
     if components is not None and not 1 <= components <= usable:
         raise ConfigError(
-            f"These {len(p)} LoRAs span {usable} components. Ask for 1 to {usable}. Got {components}."
+            f"These {len(p)} LoRAs span {usable} components: choose between 1 and {usable}. Got {components}."
         )
     k = components or usable
     values, u = values[:k], u[:, :k]

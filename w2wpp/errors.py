@@ -52,7 +52,7 @@ def check_finite(what: str, **numbers: float) -> None:
 
 @contextlib.contextmanager
 def reading(what: str) -> Iterator[None]:
-    """Taking apart what a file holds: whatever goes wrong inside means that the file does not read.
+    """Taking apart what a file holds: whatever goes wrong inside means that the file cannot be read.
 
     `what` begins the sentence: "face.safetensors: the configuration of this identity".
     """
@@ -61,9 +61,9 @@ def reading(what: str) -> Iterator[None]:
     except W2WError as e:
         if isinstance(e, FormatError) and str(e).startswith(what.partition(": ")[0]):
             raise  # it names the file already
-        raise FormatError(f"{what} does not read: {e}") from e
+        raise FormatError(f"{what} cannot be read: {e}") from e
     except KeyError as e:
-        raise FormatError(f"{what} does not read: it lacks {e}.") from e
+        raise FormatError(f"{what} cannot be read: it lacks {e}.") from e
     except (
         TypeError,
         ValueError,
@@ -73,7 +73,7 @@ def reading(what: str) -> Iterator[None]:
         RuntimeError,  # torch's name for what does not fit; also of too deep a nesting
         MemoryError,
     ) as e:
-        raise FormatError(f"{what} does not read ({type(e).__name__}: {e}).") from e
+        raise FormatError(f"{what} cannot be read ({type(e).__name__}: {e}).") from e
 
 
 class ResourceError(W2WError):

@@ -109,7 +109,7 @@ def read_family(text: str) -> Family:
         if isinstance(e, FormatError):
             raise
         raise FormatError(
-            f"The family tree does not read ({type(e).__name__}: {e}). Empty it to begin anew."
+            f"The family tree cannot be read ({type(e).__name__}: {e}). Empty it to begin anew."
         ) from e
     if set(plus) & set(minus):
         raise FormatError("The family tree marks somebody with + and - at once. Take one back.")

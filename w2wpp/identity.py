@@ -136,7 +136,7 @@ def interpolate(
     the line.
     """
     if mode not in ("slerp", "lerp"):
-        raise ConfigError(f"Interpolation goes by 'slerp' or 'lerp'. Got {mode!r}.")
+        raise ConfigError(f"The mode of an interpolation is 'slerp' or 'lerp'. Got {mode!r}.")
     if len(a) != 1 or len(b) != 1:
         raise ShapeError(
             f"Interpolation takes one identity at each end. Got {len(a)} and "

@@ -53,7 +53,7 @@ def sample_mixtures(
         raise ConfigError(f"Sampling needs at least one identity. Got {n}.")
     if not 0.0 <= truncation <= 1.0:
         raise ConfigError(
-            f"Mixtures stay inside of the collection up to a truncation of 1. Got {truncation}."
+            f"Mixtures stay within the collection up to a truncation of 1. Got {truncation}."
         )
     shares = torch.zeros(n, basis.count, dtype=torch.float64)
     count, steps = min(DRAWN, basis.count), 1 << 52

@@ -59,7 +59,7 @@ class Space:
             self.codec.coefficient_size,
         ):
             raise ShapeError(
-                f"The parts of a space must meet: layout P = {self.layout.size} and basis P = "
+                f"The parts of a space must fit together: layout P = {self.layout.size} and basis P = "
                 f"{self.basis.size}, "
                 f"basis K = {self.basis.n_components} and codec K = {self.codec.coefficient_size}."
             )

@@ -41,7 +41,7 @@ def headed(text: bytes) -> bytes:
 ODD = {
     "dropout": (with_config(lambda c: c["codec"].update(dropout="x")), "dropout"),
     "rank": (with_config(lambda c: c["layout"].update(rank=float("inf"))), "not a finite number"),
-    "hidden": (with_config(lambda c: c["codec"].update(hidden=7)), "does not read"),
+    "hidden": (with_config(lambda c: c["codec"].update(hidden=7)), "cannot be read"),
     "provenance": (with_config(lambda c: c.update(provenance=[])), "where it is from"),
     "future": (with_config(lambda c: c["codec"].update(name="vae-2031")), "vae-2031"),
     "empty": (b"", "empty"),

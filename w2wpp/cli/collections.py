@@ -98,7 +98,7 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     members, refused = _members(args.loras)
     if len(members) < 2:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in refused)
-        raise DataError(f"Comparing takes two LoRAs at least. Got {len(members)}. {reasons}")
+        raise DataError(f"Comparing takes at least two LoRAs. Got {len(members)}. {reasons}")
     found = compare_members(members, refused=refused, progress=_tell)
     return comparison_json(found)
 

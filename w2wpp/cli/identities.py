@@ -47,7 +47,7 @@ def register(verbs: Verbs) -> None:
     p.add_argument(
         "--mixture",
         action="store_true",
-        help="mix a few of the LoRAs that the space was made of, so that samples stay inside of the collection",
+        help="mix a few of the LoRAs that the space was made of, so that samples stay within the collection",
     )
     p.add_argument("-o", "--output", required=True, metavar="ID")
     p.set_defaults(run=sample)

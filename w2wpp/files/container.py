@@ -123,7 +123,7 @@ class Container:
     def require(self, name: str, shape: tuple[int | None, ...], *dtypes: torch.dtype) -> Entry:
         """The entry of a tensor that must exist with this shape (None: any) and such a dtype."""
         if name not in self.entries:
-            raise FormatError(f"{self.path}: the tensor '{name}' is missing. Make the file again.")
+            raise FormatError(f"{self.path}: the tensor '{name}' is missing: the file is incomplete. Write it again, or get another copy.")
         entry = self.entries[name]
         fits = len(entry.shape) == len(shape) and all(
             want is None or got == want for got, want in zip(entry.shape, shape)
@@ -133,7 +133,7 @@ class Container:
             raise FormatError(
                 f"{self.path}: the tensor '{name}' is {list(entry.shape)} {entry.dtype}, expected "
                 f"{wanted} "
-                f"{' or '.join(str(d) for d in dtypes)}. Make the file again."
+                f"{' or '.join(str(d) for d in dtypes)}. Write it again, or get another copy."
             )
         return entry
 
@@ -179,7 +179,7 @@ class Container:
         stored = _bytes(tensor)
         self.file.read_into(start, stored.numpy().data)
         if tensor.dtype == torch.bool and int(stored.max()) > 1:
-            raise FormatError(f"{self.path}: the tensor '{name}' holds something else than flags.")
+            raise FormatError(f"{self.path}: the tensor '{name}' holds something other than flags.")
         if finite and not self.known_finite and tensor.is_floating_point():
             numbers = tensor.float() if tensor.dtype.itemsize == 1 else tensor  # fp8
             if not bool(torch.isfinite(numbers).all()):
@@ -358,7 +358,7 @@ def _read_header(file: OpenedFile) -> tuple[int, dict[str, Any]]:
     if 8 + length > file.size:
         raise FormatError(
             f"{path} is truncated: its header needs {8 + length:,} bytes, the file has {file.size:,}. "
-            "Get the file again."
+            "Download or copy it again."
         )
     header = parse_json(file.read(8, length), f"{path} is not a safetensors file: its header")
     if not isinstance(header, dict):
@@ -377,7 +377,7 @@ def _entry(path: Path, name: str, data: Any, start: int, size: int) -> Entry:
         whole = all(type(n) is int and 0 <= n < 2**63 for n in (*shape, first, last))
         known = kind in DTYPES
     except (KeyError, TypeError, ValueError) as e:
-        raise FormatError(f"{path}: the header entry of '{name}' does not read as a tensor.") from e
+        raise FormatError(f"{path}: the header entry of '{name}' is not that of a tensor.") from e
     if not known:
         raise FormatError(
             f"{path}: the tensor '{name}' has the type {kind}, which is not supported."
@@ -393,7 +393,7 @@ def _entry(path: Path, name: str, data: Any, start: int, size: int) -> Entry:
     if start + last > size:
         raise FormatError(
             f"{path} is truncated: '{name}' ends at byte {start + last:,}, the file has {size:,}. "
-            "Get the file again."
+            "Download or copy it again."
         )
     return Entry(dtype, tuple(shape), start + first, start + last)
 
@@ -402,11 +402,11 @@ def _check_tiling(path: Path, entries: Mapping[str, Entry], start: int, size: in
     """Tensors must fill the file with neither overlap nor gap, as safetensors itself demands."""
     for entry in sorted(entries.values(), key=lambda e: (e.start, e.stop)):
         if entry.start != start:
-            raise FormatError(f"{path}: its tensors overlap or leave gaps. Get the file again.")
+            raise FormatError(f"{path}: its tensors overlap or leave gaps. Download or copy it again.")
         start = entry.stop
     if start != size:
         raise FormatError(
-            f"{path}: {size - start:,} bytes follow the last tensor. Get the file again."
+            f"{path}: {size - start:,} bytes follow the last tensor. Download or copy it again."
         )
 
 

@@ -84,7 +84,7 @@ def load_tensor(path: str | os.PathLike[str], *, ndim: int, or_flat: bool = Fals
     _require(path, tensor, ndim)
     tensor = tensor.detach().float().clone()
     if not bool(torch.isfinite(tensor).all()):
-        raise FormatError(f"{path} holds NaN or infinite numbers. Get the file again.")
+        raise FormatError(f"{path} holds NaN or infinite numbers. Download or copy it again.")
     return tensor
 
 
@@ -137,7 +137,7 @@ class Matrix:
         size = self.dtype.itemsize
         begin = self.offset + first * size
         if begin + (last + 1) * size > self.file.size:
-            raise FormatError(f"{self.path} is truncated. Get the file again.")
+            raise FormatError(f"{self.path} is truncated. Download or copy it again.")
         steps = (self.strides[0] * size, self.strides[1] * size)
         with self.file.mapped() as view:
             values = _copied(view, NUMPY[self.dtype], begin, shape, steps)
@@ -145,7 +145,7 @@ class Matrix:
         if self.dtype in BITS:
             found = found.view(self.dtype).float()
         if not bool(torch.isfinite(found).all()):
-            raise FormatError(f"{self.path} holds NaN or infinite numbers. Get the file again.")
+            raise FormatError(f"{self.path} holds NaN or infinite numbers. Download or copy it again.")
         return found
 
 
@@ -248,7 +248,7 @@ def _check_plain(path: Path, tensor: Tensor) -> None:
 
 def _damaged(path: Path, e: Exception) -> FormatError:
     return FormatError(
-        f"{path} is truncated or no PyTorch file ({type(e).__name__}). Get the file again."
+        f"{path} is truncated or no PyTorch file ({type(e).__name__}). Download or copy it again."
     )
 
 

@@ -91,7 +91,7 @@ class W2WFolder:
             if not bool(((lengths - 1).abs() < 0.02).all()):
                 raise FormatError(
                     f"{self.v.path}: the columns from {start} on are not of unit length, so this is "
-                    "no orthonormal basis. Get the file again."
+                    "no orthonormal basis. Download or copy it again."
                 )
             yield rows if self.order is None else rows[:, self.order]
 

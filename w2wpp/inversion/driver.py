@@ -207,8 +207,8 @@ class _Inversion:
         losses, gradients = self._evaluated(stage, asked, draw, gradients=run.gradients)
         if not bool(torch.isfinite(losses).all()):
             raise DataError(
-                f"The loss is not a number after {self.done} steps: the run diverged or the model "
-                "overflows. Use a smaller rate, or the model in another precision."
+                f"The loss became NaN or infinite after {self.done} steps: the run diverged or the model "
+                "overflowed. Use a lower learning rate, or load the model in a higher precision."
             )
         by_person = rearrange(losses, "(b r) -> b r", b=self.objective.people)
         least = by_person.amin(1)

@@ -129,9 +129,9 @@ def _of_metadata(metadata: Mapping[str, str]) -> Family | None:
         text = metadata.get(key, "")
         for pattern, name in _METADATA:
             if pattern.search(text):
-                return Family(name, f"its metadata say {key} = {text!r}")
+                return Family(name, f"its metadata says {key} = {text!r}")
     if metadata.get("ss_v2", "").lower() == "true":
-        return Family(SD2, "its metadata say ss_v2 = 'True'")
+        return Family(SD2, "its metadata says ss_v2 = 'True'")
     return None
 
 

@@ -181,7 +181,7 @@ def _source(
 ) -> Source:
     if len(keys) < 2:
         raise FormatError(
-            f"{file.path}: {module} has only one of its two matrices. Get the file again."
+            f"{file.path}: {module} has only one of its two matrices. Download or copy it again."
         )
     down, up = (tuple(file.entries[keys[is_down]].shape) for is_down in (True, False))
     fits = len(down) in (2, 3, 4, 5) and len(up) == len(down) and all(n == 1 for n in up[2:])

@@ -81,7 +81,7 @@ def stated_number(source: Source, key: str) -> float | None:
         number = math.nan
     if number is not None and not (math.isfinite(number) and number != 0):
         raise FormatError(
-            f"{source.path}: its metadata say {key} = {source.metadata[key]!r}, not a number."
+            f"{source.path}: its metadata says {key} = {source.metadata[key]!r}, which is not a number."
         )
     return number
 

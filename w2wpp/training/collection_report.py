@@ -105,7 +105,7 @@ class CollectionReport:
         elif n < SOME:
             text += (
                 f" With {n} files, samples stay near the files: mixtures, or a truncation of 0.7 or less, keep them "
-                "inside of the collection. From 50 files on sampling and encoding others become useful."
+                "within the collection. From 50 files on sampling and encoding others become useful."
             )
         return text
 

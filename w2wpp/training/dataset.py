@@ -244,7 +244,7 @@ def _checked(chunk: Tensor, size: int, dtype: torch.dtype = torch.float32) -> Te
         raise DataError("The vectors hold NaN or infinite numbers; a LoRA's training diverged.")
     if dtype == torch.float16 and bool((chunk.abs() > 65504).any()):
         raise DataError(
-            "The vectors hold numbers above 65,504, which half precision can't; keep them in single precision."
+            "The vectors hold numbers above 65,504, too large for half precision; keep them in single precision."
         )
     return chunk
 

@@ -35,7 +35,7 @@ BLOCK_BYTES = 96 << 20  # of the columns that the Gram route holds at a time
 TILES = 8  # of the Gram matrix; above the diagonal they follow by symmetry
 TOLERANCE = 1e-4  # share of the captured variance that an iteration may lose
 ITERATIONS = 60
-ADVICE = "Ask for fewer --components, use fewer rows, or a machine with more memory; --device cpu streams from disk."
+ADVICE = "Choose fewer --components, use fewer rows, or a machine with more memory; --device cpu streams from disk."
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,7 +170,7 @@ class _Job:
         rank = int((variances > 1e-10 * variances[0].clamp_min(1e-300)).sum())
         if rank < self.k:
             raise DataError(
-                f"The training rows span only {rank} directions. Ask for at most that many components."
+                f"The training rows span only {rank} directions. Choose at most that many components."
             )
         return Basis(mean, std, v, variances.sqrt(), metric=self.metric)
 
@@ -448,7 +448,7 @@ def _by_iteration(job: _Job, saved: Saved) -> FittedBasis:
     values, vectors = lanczos.finish()
     if len(values) < k:
         raise DataError(
-            f"The training rows span only {len(values)} directions. Ask for at most that many components."
+            f"The training rows span only {len(values)} directions. Choose at most that many components."
         )
     v = vectors.T.half().cpu()
     _sign(v)

@@ -280,7 +280,7 @@ def member_weights(members: Sequence[Member], weights: Mapping[str, float] | Non
     p = torch.tensor([float(given.get(m.name, 1.0)) for m in members], dtype=torch.float64)
     if not bool(torch.isfinite(p).all()) or bool((p < 0).any()) or int((p > 0).sum()) < 2:
         raise ConfigError(
-            f"Weights are finite and not negative, and two of them positive at least. Got {p.tolist()}."
+            f"Weights are finite and not negative, and at least two of them are positive. Got {p.tolist()}."
         )
     return p / p.sum()
 
@@ -289,7 +289,7 @@ def _require_enough(members: Sequence[Member], refused: Sequence[tuple[str, str]
     if len(members) < 2:
         reasons = "".join(f"\n  {name}: {reason}" for name, reason in refused[:10])
         raise DataError(
-            f"A space takes two LoRAs at least; {len(members)} of those given fit.{reasons}"
+            f"A space takes at least two LoRAs; {len(members)} of those given fit.{reasons}"
         )
     if len(members) > MOST_FILES:
         raise DataError(

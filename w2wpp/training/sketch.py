@@ -142,7 +142,7 @@ def load_sketch(path: str | os.PathLike[str], layout: Layout) -> Tensor:
     try:
         own, factor = Layout.from_json(file.config["layout"]), float(file.config["factor"])
     except (KeyError, TypeError, ValueError) as e:
-        raise FormatError(f"{path}: the configuration of this sketch does not read: {e!r}.") from e
+        raise FormatError(f"{path}: the configuration of this sketch cannot be read: {e!r}.") from e
     if own != layout:
         raise ConfigError(
             f"{path} is a sketch for the layout '{own.name}'; the data set has '{layout.name}'."

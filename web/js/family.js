@@ -2,7 +2,7 @@
 
 export const FIRST = { v: 1, at: 0, g: [{ k: "new" }], plus: [], minus: [] };
 
-/** A family from the widget's text; a text that does not read is left to the server to complain about. */
+/** A family from the widget's text; a text that cannot be parsed is left to the server to complain about. */
 export function readFamily(text) {
   try {
     const family = JSON.parse(text);

@@ -17,7 +17,7 @@ class LowRank:
 
     def shape(self, parts: Parts) -> tuple[int, ...]:
         if "down" not in parts or "up" not in parts:
-            raise parts.error("has only one of its two matrices. Get the file again.")
+            raise parts.error("has only one of its two matrices. Download or copy it again.")
         down, up = parts.shape("down"), parts.shape("up")
         if len(down) not in (2, 3, 4, 5) or len(up) not in (2, 3, 4, 5):
             raise parts.error(f"has no matrices: A {list(down)}, B {list(up)}.")

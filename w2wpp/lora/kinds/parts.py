@@ -56,7 +56,7 @@ class Parts:
     def need(self, part: str) -> str:
         """The key of a part; raises if the file does not have it."""
         if part not in self.keys:
-            raise self.error(f"lacks its part '{part}'. Get the file again.")
+            raise self.error(f"lacks its part '{part}'. Download or copy it again.")
         return self.keys[part]
 
     def error(self, text: str) -> FormatError:
