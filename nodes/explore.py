@@ -142,7 +142,8 @@ class Explore(io.ComfyNode):
                     default=0,
                     min=0,
                     max=0xFFFFFFFFFFFFFFFF,
-                    tooltip="Seed of the noise that all faces are painted from. It decides the picture, not the person.",
+                    tooltip="Seed of the noise that all faces are painted from. It decides the picture, not the "
+                    "person.",
                     **advanced(),
                 ),
                 io.Int.Input(
