@@ -123,7 +123,10 @@ class Container:
     def require(self, name: str, shape: tuple[int | None, ...], *dtypes: torch.dtype) -> Entry:
         """The entry of a tensor that must exist with this shape (None: any) and such a dtype."""
         if name not in self.entries:
-            raise FormatError(f"{self.path}: the tensor '{name}' is missing: the file is incomplete. Write it again, or get another copy.")
+            raise FormatError(
+                f"{self.path}: the tensor '{name}' is missing: the file is incomplete. Write it again, "
+                "or get another copy."
+            )
         entry = self.entries[name]
         fits = len(entry.shape) == len(shape) and all(
             want is None or got == want for got, want in zip(entry.shape, shape)
