@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from w2wpp import (
     W2WError,
+    kohya_tensors,
     load_identity,
     load_lora,
     load_space,
@@ -173,8 +174,20 @@ def kinds(tmp_path_factory, make_space, layout, dataset, basis, coefficients):
         space = make_space(codec, training_report={"rows": {"training": 3}})
         add(f"space-{codec}", lambda p, s=space: save_space(s, p), read_space)
     add("identity", lambda p: save_identity(person[1:], p), read_identity)
-    for kind in ("kohya", "peft", "diffusers"):
+    adapter = folder / "adapter"
+    save_lora(lora, adapter, format="peft", alpha=4.0)  # a folder of weights and their settings
+    weights, stated = adapter / "adapter_model.safetensors", adapter / "adapter_config.json"
+    beside, config = weights.read_bytes(), stated.read_bytes()
+
+    def read_adapter(path):
+        stated.write_bytes(path.read_bytes())
+        read_lora(weights)
+
+    add("peft", lambda p: p.write_bytes(beside), lambda p: load_lora(p))
+    add("peft-config", lambda p: p.write_bytes(config), read_adapter, ".json")
+    for kind in ("kohya", "diffusers"):
         add(kind, lambda p, k=kind: save_lora(lora, p, format=k, alpha=4.0), read_lora)
+    add("pickled", lambda p: torch.save(kohya_tensors(lora, 4.0), p), read_lora, ".pt")
     add("encoded", lambda p: save_lora(lora, p, alpha=4.0), encode)
     add("member", lambda p: save_lora(lora, p, alpha=4.0), read_member)
     add("space-delta", lambda p: save_space(delta_space(), p), read_delta)
