@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from ..w2wpp.lora.files import kohya_tensors
+from ..w2wpp.lora.write import kohya_tensors
 from .host import hooks, tensors
 from .types import HooksSocket, IdentitySocket, schema
 

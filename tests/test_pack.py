@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import importlib.util
 import json
 import os
 import re
@@ -99,3 +101,20 @@ def test_the_icon_is_a_square_drawing_of_our_own() -> None:
     drawing = ElementTree.parse(path).getroot()
     assert drawing.attrib["width"] == drawing.attrib["height"] == "400"
     assert not [e for e in drawing.iter() if e.tag.endswith(("image", "script"))]
+
+
+@pytest.mark.parametrize("path", NODES, ids=lambda path: str(path.relative_to(REPO)))
+def test_what_a_node_imports_from_the_library_is_there(path: Path) -> None:
+    """Without a host a node can't be imported; a name that moved would keep the whole pack from loading."""
+    depth = len(path.relative_to(REPO).parts)  # dots that lead to the pack's folder
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.ImportFrom) or node.level != depth:
+            continue
+        module = node.module or ""
+        if module.split(".")[0] == "w2wpp":
+            found = importlib.import_module(module)
+            for alias in node.names:
+                has = hasattr(found, alias.name) or importlib.util.find_spec(
+                    f"{module}.{alias.name}"
+                )
+                assert has, f"{path.name} imports {alias.name} from {module}"
