@@ -30,6 +30,7 @@ import torch
 
 from w2wpp import load_lora, save_lora
 from w2wpp.lora.match import match_modules
+from w2wpp.lora.names import UNET, module_name
 from w2wpp.lora.products import Product
 
 spec = importlib.util.spec_from_file_location("foreign", Path(REPO, "tests/lora/foreign.py"))
@@ -40,6 +41,14 @@ spec.loader.exec_module(foreign)
 CONFIG = {
     "num_res_blocks": [2, 2, 2, 2], "channel_mult": [1, 2, 4, 4], "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0],
     "transformer_depth_middle": 1, "transformer_depth_output": [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0],
+}  # fmt: skip
+SDXL = {
+    "num_res_blocks": [2, 2, 2], "channel_mult": [1, 2, 4], "transformer_depth": [0, 0, 2, 2, 10, 10],
+    "transformer_depth_middle": 10, "transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10],
+}  # fmt: skip
+SMALL = {
+    "num_res_blocks": [1, 1], "channel_mult": [1, 2], "transformer_depth": [0, 1],
+    "transformer_depth_middle": 1, "transformer_depth_output": [0, 0, 1, 1],
 }  # fmt: skip
 # All that the host's map of names asks of a model.
 WEIGHTS = {
@@ -83,6 +92,21 @@ def compared(path: Path) -> dict[str, float]:
     }
 
 
+def misread(config: dict, layers: int) -> list[str]:
+    """Names of the original checkpoints that this library reads as another module than the host does."""
+    odd = []
+    for diffusers, original in comfy.utils.unet_to_diffusers(config).items():
+        if not diffusers.endswith(".weight") or "label_emb" in original:
+            continue
+        wanted, name = diffusers.removesuffix(".weight"), original.removesuffix(".weight")
+        for spelled in (f"diffusion_model.{name}", f"lora_unet_{name.replace('.', '_')}"):
+            if module_name(spelled, layers) != (UNET, wanted):
+                odd.append(spelled)
+        if module_name(f"lora_unet_{wanted.replace('.', '_')}") != (UNET, wanted):
+            odd.append(wanted)
+    return odd
+
+
 logging.disable(logging.WARNING)
 found = {}
 for number, (name, case) in enumerate(foreign.cases().items()):
@@ -93,4 +117,5 @@ for format in ("kohya", "diffusers"):
     found[f"written as {format}"] = compared(path)
 folder = save_lora(lora, Path(FOLDER, "peft"), format="peft", alpha=27.0)
 found["written as peft"] = compared(folder / "adapter_model.safetensors")
+found["misread names"] = misread(CONFIG, 2) + misread(SDXL, 2) + misread(SMALL, 1)
 print(json.dumps(found))

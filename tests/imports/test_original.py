@@ -204,3 +204,21 @@ def test_the_folded_norm_is_the_formula():
     expected = F.batch_norm(x @ w.T + b, m, v, gain, s)
     assert sorted(folded) == ["a.0.bias", "a.0.weight"]
     torch.testing.assert_close(x @ folded["a.0.weight"].T + folded["a.0.bias"], expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
+@pytest.mark.parametrize("wrap", ["model", "compiled", "parallel and compiled"])
+def test_checkpoints_as_trainers_wrap_them(tmp_path, wrap, dtype):
+    torch.manual_seed(0)
+    state = {k: t.to(dtype) for k, t in Vanilla(SD15.size, norms=False).state_dict().items()}
+    prefix = {"model": "", "compiled": "_orig_mod."}.get(wrap, "module._orig_mod.")
+    stored = {prefix + k: t for k, t in state.items()}
+    torch.save(
+        {"model": stored, "optimizer": {"state": {}}} if wrap == "model" else stored,
+        tmp_path / "vae.pt",
+    )
+    space = read_vae(tmp_path / "vae.pt")
+    model = Vanilla(SD15.size, norms=False)
+    model.load_state_dict({k: t.float() for k, t in state.items()})
+    z = torch.randn(2, LATENT, generator=generator(1))
+    torch.testing.assert_close(space.decode(z), model.decode(z))

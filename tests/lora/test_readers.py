@@ -141,7 +141,7 @@ def test_the_models_own_loader(tmp_path, unet, layout, lora, exact):
 @pytest.mark.parametrize("how", ["the folder", "PEFT's file"])
 def test_a_peft_folder_in_the_models_own_loader(tmp_path, unet, layout, lora, exact, how):
     save_lora(lora, tmp_path / "anna", format="peft", alpha=ALPHA)
-    options = {"prefix": None}
+    options = {"prefix": None, "use_safetensors": True}
     if how == "PEFT's file":
         options = {"prefix": "base_model.model", "weight_name": "adapter_model.safetensors"}
     unet.load_lora_adapter(str(tmp_path / "anna"), **options)

@@ -116,8 +116,8 @@ def _weights(path: str | os.PathLike[str]) -> tuple[Weights, dict[str, Any]]:
     data = load_torch(path)
     about: dict[str, Any] = {}
     if isinstance(data, Mapping):
-        for key in ("vae_state_dict", "model_state_dict", "state_dict"):
-            if key in data:
+        for key in ("vae_state_dict", "model_state_dict", "state_dict", "model", "vae"):
+            if isinstance(data.get(key), Mapping):
                 about = {k: v for k, v in data.items() if k == "epoch" and isinstance(v, int)}
                 if "discriminator_state_dict" in data:
                     about["discriminator"] = data["discriminator_state_dict"] is not None
@@ -127,9 +127,10 @@ def _weights(path: str | os.PathLike[str]) -> tuple[Weights, dict[str, Any]]:
         raise FormatError(
             f"{path} holds no state dict of a VAE. Save model.state_dict() with torch.save."
         )
-    stored = {str(k).removeprefix("module."): t for k, t in data.items()}
+    # Of models that were compiled or trained in parallel.
+    stored = {re.sub(r"^(module\.|_orig_mod\.)+", "", str(k)): t for k, t in data.items()}
     for key, t in stored.items():
-        if t.is_floating_point() and not bool(torch.isfinite(t).all()):
+        if t.is_floating_point() and not bool(torch.isfinite(t.float()).all()):
             raise FormatError(
                 f"{path}: {key} holds NaN or infinite numbers; its training diverged."
             )

@@ -5,8 +5,8 @@ kohya      one file, lora_unet_<module with underscores>.lora_down.weight | .lor
 diffusers  one file, unet.<module>.lora_A.weight | .lora_B.weight: diffusers' load_lora_weights
 peft       a folder: adapter_model.safetensors (base_model.model.<module>.lora_A.weight ...) with
            adapter_config.json for PEFT's from_pretrained, and the same as
-           pytorch_lora_weights.safetensors (<module>.lora_A.weight ...) for load_lora_adapter(folder,
-           prefix=None) of a diffusers UNet
+           pytorch_lora_weights.safetensors (<module>.lora_A.weight ...) for a diffusers UNet's
+           load_lora_adapter(folder, prefix=None, use_safetensors=True)
 """
 
 from __future__ import annotations
