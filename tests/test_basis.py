@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from w2wpp import AffineBasis, Basis, ConfigError, ShapeError
+from w2wpp import AffineBasis, Basis, ConfigError, FormatError, ShapeError
 from w2wpp import basis as basis_module
 
 
@@ -107,3 +107,9 @@ def test_wrong_sizes_are_refused(signed):
         Basis(torch.zeros(3), torch.ones(4), torch.eye(3), torch.ones(3))
     with pytest.raises(ConfigError, match="positive"):
         Basis(torch.zeros(3), torch.ones(3), torch.eye(3), torch.zeros(3))
+
+
+def test_singular_values_of_zero_are_refused_when_they_are_read():
+    lazy = Basis(reader=lambda name: torch.zeros(2), size=4, n_components=2)
+    with pytest.raises(FormatError, match="not all positive"):
+        _ = lazy.singular_values

@@ -102,7 +102,7 @@ def test_a_tree_keeps_what_was_bred_before_going_back(pca):
 
 
 def test_a_family_around_somebody_starts_with_them_and_carries_their_residual(pca):
-    residual = torch.ones(1, pca.basis.rank)
+    residual = torch.ones(1, pca.basis.n_components)
     someone = Identity(torch.full((1, pca.latent_size), 0.5), pca.fingerprint, residual)
     grid = people_of(Family(), pca, seed=0, radius=0.3, around=someone).grid(4)
     assert torch.equal(grid.z[0], someone.z[0]) and torch.equal(grid.residual[0], residual[0])

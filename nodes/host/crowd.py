@@ -42,15 +42,18 @@ class Studio:
 
     @property
     def side(self) -> int:
+        """Side of the pictures in pixels, a multiple of what the UNet needs."""
         cell = grid(self.model)
         side = self.size or min(usual_size(self.model), LARGEST)
         return max(cell, round(side / cell) * cell)
 
     @property
     def guidance(self) -> float:
+        """The scale of guidance; 1, none, without a negative prompt."""
         return self.cfg if self.negative is not None else 1.0
 
     def fingerprint(self) -> str:
+        """Names all that decides a picture, beside the person."""
         how = [self.side, self.steps, self.guidance, self.seed, SAMPLER, SCHEDULER]
         prompts = [self.positive, self.negative]
         return fingerprint(model_fingerprint(self.model), vae_fingerprint(self.vae), prompts, how)

@@ -44,6 +44,7 @@ def get_face(key: str) -> torch.Tensor | None:
 
 
 def put_face(key: str, picture: torch.Tensor) -> None:
+    """Keep a picture under its key, in memory and on disk."""
     data = png(picture)
     _remember(key, data)
     path = _path(key)

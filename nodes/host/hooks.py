@@ -17,11 +17,13 @@ class PersonHook(comfy.hooks.WeightHook):
     layout: Layout
 
     def add_hook_patches(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        """The host's own, once the model is known to fit."""
         if self.strength_model and hasattr(model.model, "diffusion_model"):
             check_fit(model, self.layout)
         return super().add_hook_patches(model, *args, **kwargs)
 
     def clone(self) -> PersonHook:
+        """The host's own, with the layout."""
         copy = super().clone()
         copy.layout = self.layout
         return copy

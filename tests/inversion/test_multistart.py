@@ -1,5 +1,7 @@
 """Several starts: which ones are screened, and that the best of them goes on."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -48,3 +50,20 @@ def test_each_person_goes_on_from_their_best_start():
     run.tell(torch.tensor([3.0, 1.0, 2.0, 2.0, 5.0, 1.0]), None)
     torch.testing.assert_close(run.ask(), torch.stack([asked[0, 1], asked[1, 2]]))
     assert run.gradients and run.stage == "adam"
+
+
+def test_fewer_starts_than_scales_screen_the_first_scales():
+    _, asked = begin(Multistart(starts=2, scales=(0.9, 1.1)))
+    torch.testing.assert_close(asked, torch.stack([START, 0.9 * START], 1))
+
+
+def test_the_step_that_screens_is_one_of_all():
+    """Of three steps two are left, so the second of them has half of Adam's rate."""
+    run, _ = begin(Multistart(starts=1), steps=3)
+    run.tell(torch.zeros(2), None)
+    points = [run.result()]
+    for _ in range(2):
+        run.tell(torch.zeros(2), torch.ones_like(run.ask()))
+        points.append(run.result())
+    lengths = [float((a - b).mean()) for a, b in pairwise(points)]
+    assert lengths == pytest.approx([0.1, 0.05], rel=1e-3)

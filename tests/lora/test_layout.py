@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 import torch
 
-from w2wpp import SD15, FormatError, Layout, LayoutMismatch, ShapeError
+from w2wpp import SD15, ConfigError, FormatError, Layout, LayoutMismatch, Module, ShapeError
 
 
 def test_sd15_is_the_layout_of_the_published_weights():
@@ -97,3 +97,9 @@ def test_wrong_rank_is_named(layout):
 def test_wrong_vectors_are_refused(layout, shape):
     with pytest.raises(ShapeError, match="P = "):
         layout.unpack(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("alpha", [0.0, -1.0, float("inf"), float("nan")])
+def test_an_alpha_that_scales_nothing_is_refused(alpha):
+    with pytest.raises(ConfigError, match="alpha"):
+        Layout("x", "toy", (Module("a", 3, 2),), rank=1, alpha=alpha)

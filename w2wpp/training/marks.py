@@ -31,6 +31,7 @@ class Marked:
     close: Mapping[str, float]  # cosine with the readings of other attributes, where it is large
 
     def report(self) -> dict[str, Any]:
+        """What a space file keeps of how the direction was found."""
         return {
             "method": "difference of means, de-biased",
             "unit": "one standard deviation of the attribute",
