@@ -92,3 +92,17 @@ def test_parts_of_ranks_are_everything_once():
 def test_without_torchrun_there_is_one(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     assert current_ranks() == Ranks(0, 1)
+
+
+def test_ranks_share_the_people_whose_loras_are_built(tmp_path, monkeypatch):
+    from w2wpp.avatars.build import loras
+
+    trained = []
+    monkeypatch.setattr(loras, "_work", lambda worker, shares, *rest: trained.extend(shares[0]))
+    monkeypatch.setattr(Ranks, "wait", lambda self: None)
+    config = loras.LoraSet(people=7, group=2)
+    for rank in range(3):
+        args = (tmp_path, None, config, torch.zeros(7, 3), None, tmp_path, 1, Ranks(rank, 3), print)
+        files = loras._train_groups(*args)
+    assert sorted(file for file, _ in trained) == files
+    assert torch.equal(torch.cat([rows for _, rows in trained]).sort().values, torch.arange(7))

@@ -70,7 +70,7 @@ def current_ranks() -> Ranks:
             torch.cuda.set_device(local % torch.cuda.device_count())
         # gloo for what lives on the CPU, nccl for what lives on a GPU
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(hours=2))
+        dist.init_process_group(backend, timeout=timedelta(days=7))
     return Ranks(dist.get_rank(), dist.get_world_size())
 
 

@@ -17,8 +17,9 @@ from torch import Tensor
 from ...errors import ConfigError
 from ...files.container import open_container, write_container
 from ...lora.layout import Layout
-from ...training.dataset import VectorDataset, write_dataset
+from ...training.dataset import VectorDataset, load_dataset, write_dataset
 from ...training.people import Start, initial_vector, measure_start, train_people
+from ...training.ranks import Ranks, current_ranks
 from ..world.adapters import TARGETS, avatar_layout
 from ..world.base import load_base
 from ..world.renderer import TRAITS, sample_identities
@@ -64,17 +65,24 @@ def build_loras(
     workers: int = 1,
     callback: Callable[[str], None] = lambda line: None,
 ) -> VectorDataset:
-    """Fine-tune everyone and write ``folder/dataset.safetensors``. ``folder`` keeps what is finished."""
+    """Fine-tune everyone and write ``folder/dataset.safetensors``. ``folder`` keeps what is finished.
+
+    Under `torchrun` the ranks share the people, each with workers of its own, and the folder.
+    """
+    ranks = current_ranks()
     folder.mkdir(parents=True, exist_ok=True)
     layout = avatar_layout(
         load_base(base_path), targets=config.targets, rank=config.rank, alpha=config.alpha
     )
-    start = _start(base_path, layout, config, folder, workers, callback)
+    start = _start(base_path, layout, config, folder, workers, ranks, callback)
+    identity, people = config.identities(), folder / "people"
     files = _train_groups(
-        base_path, layout, config, config.identities(), start, folder / "people", workers, callback
+        base_path, layout, config, identity, start, people, workers, ranks, callback
     )
-    identity = config.identities()
-    return write_dataset(
+    if not ranks.is_writer:
+        ranks.wait()
+        return load_dataset(folder / "dataset.safetensors")
+    written = write_dataset(
         folder / "dataset.safetensors",
         (open_container(file, FORMAT).read("vectors") for file in files),
         layout,
@@ -84,6 +92,8 @@ def build_loras(
         label_names=TRAITS,
         provenance={"world": asdict(config)},
     )
+    ranks.wait()
+    return written
 
 
 def _start(
@@ -92,25 +102,30 @@ def _start(
     config: LoraSet,
     folder: Path,
     workers: int,
+    ranks: Ranks,
     callback: Callable[[str], None],
 ) -> Start:
     """The shared start: the mean LoRA of the pilot people, who themselves start from zero."""
     path = folder / "start.safetensors"
-    if not path.exists():
+    exists = path.exists()
+    ranks.wait()  # so that all have looked before one writes
+    if not exists:
         base, pilots = load_base(base_path), config.pilots()
         callback("loras: measuring the pilot's preconditioner")
         few = pilots[: config.group]
         loss = people_loss(base, layout, few, config.training)
         from_zero = measure_start(loss, initial_vector(layout), len(few))
         files = _train_groups(
-            base_path, layout, config, pilots, from_zero, folder / "pilot", workers, callback
+            base_path, layout, config, pilots, from_zero, folder / "pilot", workers, ranks, callback
         )
+    if not exists and ranks.is_writer:
         mean = torch.cat([open_container(file, FORMAT).read("vectors") for file in files]).mean(0)
         start = measure_start(loss, mean, len(few))
         tensors = {"vector": start.vector, "preconditioner": start.preconditioner}
         write_container(
             path, tensors, format=FORMAT, config={"norm": start.norm, "made_by": _made_by(config)}
         )
+    ranks.wait()
     file = open_container(path, FORMAT)
     _require_same_run(path, file.config, config)
     return Start(file.read("vector"), file.read("preconditioner"), float(file.config["norm"]))
@@ -124,22 +139,25 @@ def _train_groups(
     start: Start,
     folder: Path,
     workers: int,
+    ranks: Ranks,
     callback: Callable[[str], None],
 ) -> list[Path]:
-    """Train every group that has no file yet; groups are dealt to the workers in turn."""
+    """Train every group that has no file yet; groups are dealt to ranks, and to their workers, in turn."""
     groups = torch.arange(len(identity)).split(config.group)
     files = [folder / f"{int(rows[0]):05d}.safetensors" for rows in groups]
     for file in files:
         if file.exists():
             _require_same_run(file, open_container(file, FORMAT).config, config)
-    missing = [(file, rows) for file, rows in zip(files, groups) if not file.exists()]
-    callback(f"loras: {len(files) - len(missing)} of {len(files)} groups in {folder.name} are done")
+    mine = list(zip(files, groups))[ranks.rank :: ranks.size]
+    missing = [(file, rows) for file, rows in mine if not file.exists()]
+    callback(f"loras: {len(mine) - len(missing)} of {len(mine)} groups in {folder.name} are done")
     shares = [missing[i::workers] for i in range(workers)]
     args = (base_path, layout, config, identity, start)
     if workers == 1:
         _work(0, shares, *args)
     elif missing:
         multiprocessing.spawn(_work, (shares, *args), nprocs=workers)  # type: ignore[no-untyped-call]
+    ranks.wait()
     return files
 
 
