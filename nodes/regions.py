@@ -47,6 +47,6 @@ class IdentityHooks(io.ComfyNode):
     def execute(cls, identity, strength: float) -> io.NodeOutput:
         layout = identity.space.layout
         with tensors.ordinary_tensors():
-            vectors = [person.vectors(identity.space)[0] for person in identity.identity]
+            vectors = identity.identity.vectors(identity.space)  # [B, P]
             loras = [kohya_tensors(layout.unpack(vector), layout.alpha) for vector in vectors]
         return io.NodeOutput([hooks.person_hooks(layout, lora, strength) for lora in loras])

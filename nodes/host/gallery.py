@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import re
 import threading
@@ -24,11 +25,13 @@ from . import folders
 
 ON_DISK = 128 << 20  # bytes
 IN_MEMORY = 32 << 20
+CHECK_EVERY = 64  # faces, because a full folder holds many thousand small ones
 ROUTES = ("/w2wpp/faces/{key}", "/w2wpp/identities", "/w2wpp/identities/picture")
 KEY = re.compile(r"[0-9a-f]{32}")
 
 _memory: OrderedDict[str, bytes] = OrderedDict()
 _lock = threading.Lock()
+_written = itertools.count()
 
 
 def get_face(key: str) -> torch.Tensor | None:
@@ -52,7 +55,8 @@ def put_face(key: str, picture: torch.Tensor) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as file:
             file.write(data)
-        _make_room(path.parent)
+        if next(_written) % CHECK_EVERY == 0:
+            _make_room(path.parent)
 
 
 def png(picture: torch.Tensor) -> bytes:
