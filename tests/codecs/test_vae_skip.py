@@ -54,3 +54,8 @@ def test_dropout_keeps_the_mean_and_draws_where_it_is_told():
     layer.generator = torch.Generator().manual_seed(1)
     assert torch.equal(layer(h), first)
     assert torch.equal(layer.eval()(h), h)
+
+
+def test_nothing_is_dropped_unless_asked_for():
+    made = build_codec({"name": "vae-skip", "coefficient_size": K, "latent_size": D})
+    assert made.config["dropout"] == 0.0 and made.config["hidden"] == [256]
