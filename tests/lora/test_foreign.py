@@ -10,9 +10,11 @@ from w2wpp import (
     FormatError,
     LayoutMismatch,
     Space,
+    W2WError,
     build_codec,
     encode_lora,
     load_lora,
+    lora_of_tensors,
     save_lora,
     save_space,
 )
@@ -274,3 +276,66 @@ def test_families_are_told_by_what_is_there_and_what_is_missing(tmp_path, name):
         match_modules(load_lora(path), SD15)
     if "does not tell" in words or "apart" in words:
         assert match_modules(load_lora(path), SD15, assume_family=True).deltas
+
+
+def mutant(case, g):
+    """A case with some of its tensors reshaped, retyped, dropped, renamed or spoilt."""
+    tensors = dict(list(case.tensors.items())[: 40 + pick(g, 40)])
+    for _ in range(1 + pick(g, 3)):
+        key = list(tensors)[pick(g, len(tensors))]
+        t = tensors[key]
+        shape = [pick(g, 5) for _ in range(pick(g, 5))]
+        change = pick(g, 8)
+        if change == 0:
+            del tensors[key]
+        elif change == 1:
+            tensors[key] = torch.randn(shape, generator=g)
+        elif change == 2:
+            tensors[key] = t.flatten()
+        elif change == 3:
+            tensors[key] = t.to(torch.int8 if pick(g, 2) else torch.float64)
+        elif change == 4:
+            tensors[key] = t.float() * torch.inf
+        elif change == 5:
+            tensors[key.rsplit(".", 1)[0] + "." + PARTS[pick(g, len(PARTS))]] = tensors.pop(key)
+        elif change == 6:
+            tensors[key] = t[..., None] if t.ndim < 2 or pick(g, 2) else t.mT.contiguous()
+        else:
+            tensors[key] = t.reshape(-1)[:1].reshape([1] * pick(g, 4))
+        if not tensors:
+            break
+    return tensors
+
+
+PARTS = (
+    "alpha",
+    "diff",
+    "dora_scale",
+    "hada_w1_a",
+    "lokr_w2",
+    "lora_mid.weight",
+    "magnitude",
+    "oft_blocks",
+    "scalar",
+    "weight",
+)
+
+
+def pick(g, n):
+    return int(torch.randint(n, (1,), generator=g))
+
+
+def test_damaged_files_of_every_kind_end_in_success_or_in_an_error_of_ours(pytestconfig):
+    """Headers that fit a safetensors file and no update."""
+    g, outcomes = foreign.generator(11), {True: 0, False: 0}
+    everything = list(GENERAL.values()) + [case for case, _ in REFUSED.values()]
+    for i in range(max(200, pytestconfig.getoption("--mutants", default=0) or 0)):
+        tensors = mutant(everything[i % len(everything)], g)
+        try:
+            file = lora_of_tensors(tensors)
+            _ = file.family, file.kinds, file.alphas
+            match_modules(file, LAYOUT, base=foreign.base_weight).balanced()
+            outcomes[True] += 1
+        except W2WError:
+            outcomes[False] += 1
+    assert min(outcomes.values()) > 10, outcomes

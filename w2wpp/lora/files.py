@@ -15,7 +15,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..errors import FormatError, LayoutMismatch
+from ..errors import FormatError, LayoutMismatch, reading
 from .base_model import Family, family_of
 from .kinds import KINDS, MAGNITUDES, Kind, Parts, Scale, decomposed
 from .layout import Layout, Lora
@@ -54,7 +54,8 @@ class Update:
 
     def delta(self, base: Tensor | None = None) -> Delta:
         """With its scale; `base` is the base model's weight [out, in, *kernel]."""
-        delta = self.kind.delta(self.parts)
+        with reading(f"{self.parts.source.path}: {self.parts.module}"):
+            delta = self.kind.delta(self.parts)
         if not self.needs_base:
             return delta
         if base is None:
@@ -64,7 +65,8 @@ class Update:
                 "plain one (ComfyUI: Load LoRA, ModelSubtract, Extract and Save Lora)."
             )
         whole = delta.b @ delta.a if isinstance(delta, Product) else delta.d
-        return decomposed(whole, self.parts, base.detach().cpu().float())
+        with reading(f"{self.parts.source.path}: {self.parts.module}"):
+            return decomposed(whole, self.parts, base.detach().cpu().float())
 
 
 @dataclass(frozen=True, eq=False)
@@ -210,7 +212,9 @@ def _updates(
             )
         else:
             kind = next(iter(kinds.values()))
-            yield module, Update(kind, parts, kind.shape(parts))
+            with reading(f"{source.path}: {module}"):
+                shape = kind.shape(parts)
+            yield module, Update(kind, parts, shape)
 
 
 def _scale(source: Source, keys: Mapping[str, str], stated: Stated, module: str) -> Scale:

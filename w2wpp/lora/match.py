@@ -117,6 +117,8 @@ def _delta(
 
 
 def _require_shape(file: LoraFile, layout: Layout, module: Module, shape: tuple[int, ...]) -> None:
+    if len(shape) < 2:
+        raise LayoutMismatch(f"{file.name}: {module.name} is {list(shape)}, expected a matrix.")
     if shape != (module.out_features, module.in_features):
         kernel = f" with a kernel of {' x '.join(map(str, shape[2:]))}" if shape[2:] else ""
         raise LayoutMismatch(

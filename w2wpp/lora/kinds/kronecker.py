@@ -46,7 +46,7 @@ def _rank(parts: Parts) -> int | None:
 def _size(parts: Parts, i: int) -> tuple[int, ...]:
     if f"lokr_w{i}" in parts:
         size = parts.shape(f"lokr_w{i}")
-        if len(size) not in (2, 4):
+        if len(size) not in (2, 4) or (i == 1 and len(size) != 2):
             raise parts.error(f"is a LoKr whose factor {i} is {list(size)}.")
         return size
     a, b = parts.shape(f"lokr_w{i}_a"), parts.shape(f"lokr_w{i}_b")
