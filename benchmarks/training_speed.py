@@ -353,7 +353,7 @@ def measure_gpu(folder: Path, n: int) -> list[Row]:
 MEASURES: dict[str, tuple[Callable[[Path, int], list[Row]], int]] = {
     "gram": (measure_gram, 2000),
     "iteration": (measure_iteration, 3000),
-    "growth": (measure_growth, 5000),
+    "growth": (measure_growth, 10_000),
     "vae": (measure_vae, 4000),
     "batch": (measure_batch, 16_000),
     "ranks": (measure_ranks, 5000),

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from w2wpp import ConfigError, DataError, Space, build_codec, encode_lora, load_space, save_space
+from w2wpp.errors import ResourceError
 from w2wpp.training import checkpoint as checkpoint_module
 from w2wpp.training import dataset as dataset_module
 from w2wpp.training import fit_basis as module
@@ -265,3 +266,22 @@ def test_rows_that_do_not_vary_are_refused(layout):
             fit_basis(data, 3, exact_limit=limit)
         with pytest.raises(DataError, match=r"vary|span only"):
             fit_basis(data, 3, exact_limit=limit, metric="parameter")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("limit", [8, 8192], ids=["iteration", "gram"])
+def test_gpu_and_cpu_agree(layout, limit):
+    data, gpu = make(layout, 150, 0.3), Compute.pick("cuda", "fp32")
+    a, b = (fit_coefficients(data, 5, exact_limit=limit, compute=gpu) for _ in range(2))
+    assert torch.equal(a.basis.components, b.basis.components)
+    cpu = fit_coefficients(data, 5, exact_limit=limit)
+    assert torch.allclose(a.basis.singular_values, cpu.basis.singular_values, rtol=1e-3)
+
+
+def test_out_of_memory_is_one_sentence_with_what_to_change(layout, monkeypatch):
+    def fail(*args):
+        raise MemoryError
+
+    monkeypatch.setattr(module, "_by_gram", fail)
+    with pytest.raises(ResourceError, match=r"^Out of memory\. .*--components"):
+        fit_basis(make(layout), 3)

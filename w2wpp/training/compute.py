@@ -85,7 +85,7 @@ def explained(advice: str) -> Iterator[None]:
     """Out of memory or disk in the block becomes one sentence with what to change."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError) as e:
+    except (torch.cuda.OutOfMemoryError, MemoryError) as e:
         raise ResourceError(f"Out of memory. {advice}") from e
     except RuntimeError as e:
         if "can't allocate memory" not in str(e) and "not enough memory" not in str(e):
