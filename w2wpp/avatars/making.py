@@ -18,11 +18,13 @@ from .build.dreambooth import DreamBooth
 from .build.loras import LoraSet, build_loras
 from .build.train_base import BaseTraining, launch_base
 from .build.train_embedder import EmbedderTraining, measure_embedder, train_embedder
+from .edition2.train_vae import VaeTraining, measure_vae, train_vae
+from .edition2.vae import save_vae
 from .measure import directions
 from .measure.gate import gate_table, judge_world
 from .places import World
 from .records import provenance, save_result
-from .stages import BASE, DATASET, EMBEDDER, SHIPPED
+from .stages import BASE, DATASET, EMBEDDER, SHIPPED, VAE
 from .world.base import save_base
 from .world.embedder import save_embedder
 from .world.studio import Studio, open_studio
@@ -30,6 +32,16 @@ from .world.studio import Studio, open_studio
 READABLE = 0.1  # R2 on held-out people below which latents do not tell an attribute
 Log = Callable[[str], None]
 Made = dict[str, Any]
+
+
+def make_vae(world: World, log: Log, *, output: Path | None = None) -> Made:
+    """Train the autoencoder of the second edition, and measure it on strangers."""
+    started, config, output = time.monotonic(), VaeTraining(), output or world.at(VAE)
+    trained = train_vae(config, checkpoint=world.work / "vae.ckpt", callback=log)
+    figures = measure_vae(trained)
+    about = provenance("vae", asdict(config), started)
+    save_vae(trained, output, {**about, "figures": figures})
+    return {"written": str(output), **figures}
 
 
 def make_base(world: World, log: Log, *, processes: int, output: Path | None = None) -> Made:

@@ -12,6 +12,7 @@ from ..errors import ConfigError
 from .places import World
 
 BASE = "models/avatar-base.safetensors"
+VAE = "models/avatar-vae.safetensors"
 EMBEDDER = "models/avatar-embedder.safetensors"
 DATASET = "work/loras-common/dataset.safetensors"
 SHIPPED = ("models/avatars.safetensors", "models/avatars-pca.safetensors")
@@ -30,6 +31,7 @@ class Stage:
 
 
 STAGES = (
+    Stage("vae", "train the autoencoder of the second edition's pictures", outputs=(VAE,)),
     Stage("base", "train the base model", outputs=(BASE,)),
     Stage("embedder", "train the embedder that gives ID scores", outputs=(EMBEDDER,)),
     Stage("loras", "fine-tune a LoRA for every person", inputs=(BASE,), outputs=(DATASET,)),

@@ -40,6 +40,7 @@ def register(verbs: Any) -> None:
             "--data", type=Path, help="data set (default: the one in the work folder)"
         )
     outputs = {
+        "vae": "default: the autoencoder in models/",
         "base": "default: the base in models/",
         "embedder": "default: the embedder in models/",
         "gate": "JSON (default: benchmarks/results/world.json)",

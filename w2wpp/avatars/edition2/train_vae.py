@@ -31,7 +31,7 @@ class VaeTraining:
 
     seed: int = 4
     pictures: int = 12_000  # rendered once, every one of another person
-    steps: int = 40_000
+    steps: int = 22_000
     batch: int = 16  # squares around faces a step; of whole pictures a quarter
     square: int = 64  # pixels per side of such a square
     whole: float = 0.1  # share of steps that see whole pictures
