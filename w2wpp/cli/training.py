@@ -12,10 +12,12 @@ from typing import Any
 from ..basis import AffineBasis, AnyBasis
 from ..codecs import CODECS
 from ..codecs import OLDER_NAMES as OLDER_CODECS
+from ..delta_basis import DeltaBasis
 from ..errors import ConfigError, FormatError
 from ..files.container import open_container
 from ..imports.w2w import LICENCE, TRIGGER_PROMPT, open_w2w
 from ..imports.w2w_space import hold_out, w2w_basis, w2w_coefficients
+from ..space import SpaceBasis
 from ..spacefile import load_space, save_directions, save_space
 from ..training import compute
 from ..training.checkpoint import forget
@@ -402,7 +404,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     return {"space": args.output, "fingerprint": space.fingerprint, "training": report, **flow}
 
 
-def _training_input(args: argparse.Namespace) -> tuple[Coefficients, AnyBasis]:
+def _training_input(args: argparse.Namespace) -> tuple[Coefficients, SpaceBasis]:
     if Path(args.basis).is_dir():
         return _w2w_input(args)
     if args.heldout is not None or args.labels:
@@ -419,12 +421,13 @@ def _training_input(args: argparse.Namespace) -> tuple[Coefficients, AnyBasis]:
         return project_dataset(data, affine), affine
     if kind == "w2wpp.space":
         collected = load_space(args.basis)
-        data = collection_coefficients(collected)
-        basis = collected.basis
+        rows = collection_coefficients(collected)
+        updates = collected.basis
+        assert isinstance(updates, DeltaBasis)  # or there would be no coefficients of a collection
         if args.codec == "pca" and args.latent is not None:
-            data = data.truncated(args.latent, basis.singular_values)
-            basis = basis.truncated(args.latent)
-        return data, basis
+            rows = rows.truncated(args.latent, updates.singular_values)
+            updates = updates.truncated(args.latent)
+        return rows, updates
     coefficients, fitted = load_coefficients(args.basis)
     if args.codec == "pca" and args.latent is not None:
         cut = fitted.truncated(args.latent)

@@ -52,8 +52,9 @@ class Match:
         """The LoRA packed as it is, [P], if it is of the layout's rank and complete."""
         lora = {}
         for name, delta in self.deltas.items():
-            whole = isinstance(delta, Product) and name in self.plain
-            if not whole or len(delta.a) != self.layout.rank or not bool(delta.a.any()):
+            if not isinstance(delta, Product) or name not in self.plain:
+                return None
+            if len(delta.a) != self.layout.rank or not bool(delta.a.any()):
                 return None
             lora[name] = (delta.a, delta.b / self.layout.scale)
         return None if self.missing else self.layout.pack(lora)

@@ -67,8 +67,15 @@ class Parts:
 class Kind(Protocol):
     """One way of writing an update. A registry lists them all; a module of a file is of one."""
 
-    name: str  # as trainers call it
-    parts: frozenset[str]  # that only this kind has
+    @property
+    def name(self) -> str:
+        """As trainers call it."""
+        ...
+
+    @property
+    def parts(self) -> frozenset[str]:
+        """Those that only this kind has."""
+        ...
 
     def shape(self, parts: Parts) -> tuple[int, ...]:
         """(out, in, *kernel) of the weight, told by headers alone; checks that the parts fit."""
