@@ -32,6 +32,7 @@ from .ranks import Ranks, current_ranks
 STANDARDISE = {"parameter": "parameter", "global": "raw"}  # older name of two metrics
 EXACT_LIMIT = 8192  # rows of the largest matrix to diagonalise; beyond it, block Lanczos
 BLOCK_BYTES = 96 << 20  # of the columns that the Gram route holds at a time
+SUMMED = 64  # rows that are added up in single precision, before their sums are in double
 TILES = 8  # of the Gram matrix; above the diagonal they follow by symmetry
 TOLERANCE = 1e-4  # share of the captured variance that an iteration may lose
 ITERATIONS = 60
@@ -255,7 +256,7 @@ def _gram_sums(job: _Job, saved: Saved) -> dict[str, Tensor]:
         metric = job.metric.part(mean, std if not _is_raw(job) else torch.ones_like(std), start)
         sums["extra"] += metric.extra(x, start)
         x = metric.local(x, start)
-        sums["energy"] += x.square().sum(1, dtype=torch.float64)
+        sums["energy"] += torch.linalg.vecdot(x, x)
         with job.compute.products():
             _add_gram(sums["gram"], x, n)
         done += 1
@@ -298,7 +299,8 @@ def _gram_components(
         x.mul_(_inverse(std[start:stop]).to(device, torch.float32))
         with job.compute.products():
             part = (turn @ x).float()
-        squares += bound.local(part, start).square().sum(1, dtype=torch.float64)
+        features = bound.local(part, start)
+        squares += torch.linalg.vecdot(features, features)
         extra += bound.extra(part, start)
         v[:, start:stop] = part.half().cpu()
     squares = job.ranks.sum(squares) + job.ranks.sum(extra).square().sum(1)
@@ -324,11 +326,16 @@ def _column_blocks(job: _Job, rows: int) -> list[tuple[int, int]]:
 
 def _column_moments(w: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and std [p] of columns w [n, p], in double precision and two passes over what is held."""
-    mean = w.sum(0, dtype=torch.float64) / len(w)
+    mean = _column_sums(w) / len(w)
     rest = w - mean.float()
-    off = rest.sum(0, dtype=torch.float64) / len(w)  # what rounding the mean left
-    squares = rest.square_().sum(0, dtype=torch.float64) - len(w) * off.square()
+    off = _column_sums(rest) / len(w)  # what rounding the mean left
+    squares = _column_sums(rest.square_()) - len(w) * off.square()
     return mean, _resolved(squares, mean, len(w))
+
+
+def _column_sums(x: Tensor) -> Tensor:
+    """[p] of x [n, p], in double precision from sums of few rows: a double copy of x would cost more than all else."""
+    return torch.stack([part.sum(0) for part in x.split(SUMMED)]).sum(0, dtype=torch.float64)
 
 
 def _resolved(squares: Tensor, mean: Tensor, n: int) -> Tensor:
@@ -396,7 +403,7 @@ def _second_moments(job: _Job, saved: Saved) -> tuple[Tensor, Tensor]:
         if i < first:
             continue
         x = job.compute.put(w) - origin
-        sums["sum"] += x.sum(0, dtype=torch.float64)
+        sums["sum"] += _column_sums(x)
         with job.compute.products():
             sums["products"] += x.T @ x
         if job.ranks.size == 1:
