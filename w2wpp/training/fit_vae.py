@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..basis import AnyBasis, Basis
+from ..basis import Basis
 from ..codecs import Codec, Posterior, build_codec
-from ..errors import DataError, FormatError, ShapeError, reading
-from ..space import Space
+from ..delta_basis import DeltaBasis
+from ..errors import ConfigError, DataError, FormatError, ShapeError, reading
+from ..space import Space, SpaceBasis
 from .checkpoint import load_checkpoint, save_checkpoint
 from .coefficients import Coefficients, components_among, project_dataset
 from .compute import Compute, explained
@@ -36,7 +37,7 @@ Callback = Callable[[Progress], object]
 
 def fit_vae(
     data: VectorDataset | Coefficients,
-    basis: AnyBasis,
+    basis: SpaceBasis,
     training: VaeTraining | None = None,
     *,
     generator: torch.Generator | None = None,
@@ -63,7 +64,7 @@ def fit_vae(
 
 def _fit(
     coefficients: Coefficients,
-    basis: AnyBasis,
+    basis: SpaceBasis,
     training: VaeTraining,
     generator: torch.Generator | None,
     callback: Callback | None,
@@ -91,7 +92,7 @@ def _fit(
 
 def linear_space(
     data: VectorDataset | Coefficients,
-    basis: AnyBasis,
+    basis: SpaceBasis,
     *,
     provenance: Mapping[str, Any] | None = None,
 ) -> Space:
@@ -116,8 +117,16 @@ def prior_of(posterior: Posterior) -> tuple[Tensor, Tensor]:
     return posterior.mean.double().mean(0).float(), variance.sqrt().float()
 
 
-def _coefficients(data: VectorDataset | Coefficients, basis: AnyBasis) -> Coefficients:
-    c = project_dataset(data, basis) if isinstance(data, VectorDataset) else data
+def _coefficients(data: VectorDataset | Coefficients, basis: SpaceBasis) -> Coefficients:
+    if isinstance(data, VectorDataset):
+        if isinstance(basis, DeltaBasis):
+            raise ConfigError(
+                "A collection's basis has no place for rows of vectors. Train on its own coefficients: "
+                "collection_coefficients(space)."
+            )
+        c = project_dataset(data, basis)
+    else:
+        c = data
     if c.values.shape[1] != basis.n_components:
         raise ShapeError(
             f"The coefficients have K = {c.values.shape[1]} and the basis {basis.n_components}; project "
@@ -130,7 +139,7 @@ def _coefficients(data: VectorDataset | Coefficients, basis: AnyBasis) -> Coeffi
 
 def _search(
     data: Coefficients,
-    basis: AnyBasis,
+    basis: SpaceBasis,
     training: VaeTraining,
     rows: Tensor,
     seed: int,
@@ -201,7 +210,7 @@ class _Checkpoint:
 
 
 @torch.no_grad()
-def _vae_report(codec: Codec, data: Coefficients, basis: AnyBasis, run: Run) -> dict[str, Any]:
+def _vae_report(codec: Codec, data: Coefficients, basis: SpaceBasis, run: Run) -> dict[str, Any]:
     splits = _splits(data)
     return {
         "codec": codec.config,
@@ -229,7 +238,7 @@ def _splits(data: Coefficients) -> dict[str, Tensor]:
 def _space(
     codec: Codec,
     data: Coefficients,
-    basis: AnyBasis,
+    basis: SpaceBasis,
     provenance: Mapping[str, Any] | None,
     report: Mapping[str, Any],
 ) -> Space:
