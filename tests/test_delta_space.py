@@ -334,7 +334,7 @@ def test_what_a_file_tells_keeps_names_to_itself(loras):
 
 
 def test_too_few_or_only_copies(loras):
-    with pytest.raises(DataError, match="two LoRAs at least"):
+    with pytest.raises(DataError, match="two LoRAs"):
         fit_delta(members_of({"one": loras["file 0"]}))
     twice = {"a": loras["file 0"], "b": loras["file 0"]}
     with pytest.raises(DataError, match="nothing between them"):
