@@ -83,7 +83,7 @@ def test_weights_cut_and_names(run, folder):
         (("--weight", "3=nan"), "finite"),
         (("--rank", 0), "rank"),
         (("--cut", 0), "at least 1"),
-        (("--components", 99), "1 to 9"),
+        (("--components", 99), "9 components"),
     ):
         code, _, told = run(*common, *wrong)
         assert code == 1 and said in told
