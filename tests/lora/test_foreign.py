@@ -167,6 +167,17 @@ def test_rows_say_what_they_kept_and_poor_ones_are_refused(tmp_path, run, space)
     assert result["missing_modules"]["most"] == 0.5 and "in/a" in result["worst"][0]["file"]
 
 
+def test_an_empty_lora_is_no_row(tmp_path, run, space):
+    case = PERSON["kohya"]
+    empty = {k: t if k.endswith("alpha") else 0 * t for k, t in case.tensors.items()}
+    foreign.write(case, tmp_path / "in" / "a")
+    foreign.write(foreign.Case(empty, {}), tmp_path / "in" / "b")
+    save_space(space, "space.safetensors")
+    arguments = ("dataset", "in", "--layout", "space.safetensors", "--heldout", 0, "-o", "data")
+    code, _, err = run(*arguments)
+    assert code == 1 and "in/b" in err and "changes nothing" in err
+
+
 def test_modules_that_the_first_lacks_take_their_sign_from_the_next(tmp_path, run, space):
     lora = foreign.person()
     names = list(lora)

@@ -84,8 +84,9 @@ class Losses:
             i = min(poor, key=lambda i: self.kept[i])
             raise DataError(
                 f"{len(poor)} of {len(self.kept)} LoRAs keep less than {min_energy:.0%} of their energy "
-                f"in the layout's rank (worst: {self.names[i]}, {self.kept[i]:.1%}). Use a layout of a "
-                "higher rank, leave them out, or take them all the same with --min-energy 0."
+                f"in the layout's rank (worst: {self.names[i]}, {self.kept[i]:.1%}; 0 is one that changes "
+                "nothing). Use a layout of a higher rank, leave them out, or take them all the same with "
+                "--min-energy 0."
             )
         if gaps:
             i = max(gaps, key=lambda i: self.missing[i])
@@ -142,12 +143,16 @@ def gather_loras(
     read = row_reader(paths, layout, towards, assume_family=assume_family)
     journal, meter = _Journal(output), Meter("files", len(paths), callback)
 
-    def rows(start: int) -> Iterator[Tensor]:
-        past = journal.take_up(start)
+    def recall(count: int) -> None:
+        """What the rows lost that an earlier run has written."""
+        past = journal.take_up(count)
         if past is None:  # rows without what they lost are read again for that
-            past = [(r.kept, r.missing, r.ignored) for r in map(read, paths[:start])]
+            past = [(r.kept, r.missing, r.ignored) for r in map(read, paths[:count])]
         for path, lost in zip(paths, past):
             found.add(str(path), *lost)
+
+    def rows(start: int) -> Iterator[Tensor]:
+        recall(start)
         meter.begin(start)
         for i, row in enumerate(in_order(read, paths[start:], workers), start):
             journal.add(row)
@@ -156,6 +161,8 @@ def gather_loras(
             yield torch.from_numpy(row.w)[None]
 
     def kept() -> Iterator[Tensor]:  # asked for once all rows are through
+        if not found.kept:  # an earlier run had written them all
+            recall(len(paths))
         found.require(min_energy, max_missing)
         yield torch.tensor(found.kept)
 
@@ -386,10 +393,9 @@ def _turned(match: Match, reference: Tensor) -> Tensor:
 
 
 def _kept(match: Match, w: Tensor) -> float:
-    """The share of |Delta|^2 in the layout's modules that a vector [P] holds."""
-    total = match.square()
-    if total == 0:
-        return 1.0
+    """The share of |Delta|^2 in the layout's modules that a vector [P] holds; 0 of an empty LoRA."""
+    if match.square() == 0:
+        return 0.0
     return max(0.0, 1.0 - match.error(w) ** 2)
 
 
