@@ -361,6 +361,7 @@ def test_a_file_too_small_to_tell_its_model_fits_by_what_it_shares():
     assert [m.family for m in given] == ["sd3", "sd3", "unknown", "unknown"]
     kept, refused = fitting(given)
     assert [m.name for m in kept] == ["fused", "other", "small"]
+    assert collect(kept).family == "sd3"
     assert dict(refused) == {"alien": "it is for unknown, most others are for sd3"}
 
 

@@ -44,6 +44,7 @@ class Collection:
 
     members: Sequence[Member]
     cut_to: int | None = None
+    told: str = UNKNOWN  # the family as far as members tell it, where common names do not
 
     @property
     def count(self) -> int:
@@ -73,8 +74,7 @@ class Collection:
         found = recognise(self.shapes)
         if found != UNKNOWN:
             return found
-        stated = {m.family for m in self.members}
-        return stated.pop() if len(stated) == 1 else UNKNOWN
+        return self.told
 
     @cached_property
     def ranks(self) -> Tensor:
@@ -134,6 +134,7 @@ def collect(members: Sequence[Member], cut_to: int | None = None) -> Collection:
         raise DataError("There is no LoRA to make a collection of.")
     if cut_to is not None and cut_to < 1:
         raise DataError(f"A rank to cut to is at least 1. Got {cut_to}.")
+    told = {m.family for m in members} - {UNKNOWN}
     kinds = {_spelled_as(m) for m in members}
     if {"original", "diffusers"} <= kinds:
         members = [m.split() for m in members]
@@ -147,7 +148,7 @@ def collect(members: Sequence[Member], cut_to: int | None = None) -> Collection:
         replace(m, modules={chosen[join_key(name)]: s for name, s in m.modules.items()})
         for m in members
     ]
-    return Collection(renamed, cut_to)
+    return Collection(renamed, cut_to, told.pop() if len(told) == 1 else UNKNOWN)
 
 
 def _spelled_as(member: Member) -> str:
