@@ -115,9 +115,15 @@ class FaceGrid {
     const names = this.names(family.at);
     this.cells.forEach((cell, i) => this.drawCell(cell, i, family, names[i]));
     this.drawPath(family);
-    if (document.activeElement !== this.name) this.name.value = valueOf(this.node, "attribute", "");
+    this.showName();
     this.enable();
     this.tell(names);
+  }
+
+  /** The attribute's name as the widget has it, unless somebody is about to give it another. */
+  showName() {
+    const name = valueOf(this.node, "attribute", "");
+    if (name !== this.named) this.name.value = this.named = name;
   }
 
   lay(count, columns) {
@@ -265,8 +271,8 @@ class FaceGrid {
 
   makeAttribute() {
     if (this.tools.make.disabled) return;
-    this.family = families.named(this.family);
     setValue(this.node, "attribute", this.name.value.trim());
+    this.family = families.named(this.family);
     runGraph(this.node);
   }
 
