@@ -50,7 +50,8 @@ def padded(lora, rank, g):
     wide = {}
     for name, (a, b) in lora.items():
         turn = torch.linalg.qr(torch.randn(rank, rank, generator=g)).Q
-        more = torch.randn(rank - 1, a.shape[1], generator=g)
+        # As long as A itself: a file in single precision can't hold both otherwise.
+        more = a.norm() / a.shape[1] ** 0.5 * torch.randn(rank - 1, a.shape[1], generator=g)
         wide[name] = (
             turn.T @ torch.cat([a, more]),
             torch.cat([b, torch.zeros(len(b), rank - 1)], dim=1) @ turn,
@@ -74,7 +75,11 @@ def test_signs_of_half_of_the_modules(space):
 
 
 @settings(
-    max_examples=2, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=2,
+    deadline=None,
+    database=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(seed=st.integers(0, 2**31), spread=st.floats(0, 3), rank=st.integers(1, 8))
 def test_any_gauge_of_any_rank_is_the_same_person(space, seed, spread, rank):
