@@ -218,10 +218,8 @@ def _members(
     folder: str, files: str, loras: Sequence | None
 ) -> tuple[list[Member], dict[str, float], list[tuple[str, str]]]:
     """The LoRAs meant by the inputs, their weights by name, and what is no LoRA, with the reason."""
-    paths = folders.loras_in(folder) if folder != NO_FOLDER else {}
-    lines = _lines(files)
-    paths |= {name: Path(folders.lora_path(name)) for name, _, _ in lines if name not in paths}
-    given = {name: (weight, title) for name, weight, title in lines}
+    paths = _paths(folder, files)
+    given = {name: (weight, title) for name, weight, title in _lines(files)}
     members, weights, refused = [], {}, []
     for name, path in paths.items():
         weight, title = given.get(name, (1.0, ""))
@@ -251,20 +249,19 @@ def _lines(files: str) -> list[tuple[str, float, str]]:
 def _refusal(folder: Any, files: Any) -> bool | str:
     """What validate_inputs answers; a linked value comes later."""
     folder, files = _one(folder), _one(files)
+    return folders.refusal(lambda _: _paths(folder or NO_FOLDER, files or ""), "")
 
-    def find(_: str) -> None:
-        if folder not in (None, NO_FOLDER):
-            folders.loras_in(folder)
-        for name, _, _ in _lines(files or ""):
-            folders.lora_path(name)
 
-    return folders.refusal(find, "")
+def _paths(folder: str, files: str) -> dict[str, Path]:
+    """{name: path} of the folder's files and of those in the lines that the folder does not have."""
+    paths = folders.loras_in(folder) if folder != NO_FOLDER else {}
+    others = [name for name, _, _ in _lines(files) if name not in paths]
+    return paths | {name: Path(folders.lora_path(name)) for name in others}
 
 
 def _stamp(folder: str, files: str) -> str:
     """Changes whenever one of the files does."""
-    paths = folders.loras_in(folder) if folder != NO_FOLDER else {}
-    paths |= {name: Path(folders.lora_path(name)) for name, _, _ in _lines(files)}
+    paths = _paths(folder, files)
     return "\n".join(f"{name} {folders.file_stamp(path)}" for name, path in paths.items())
 
 

@@ -80,8 +80,15 @@ def mixture(graph: Graph, folder: str, **options) -> tuple[str, Link]:
     """(the node that makes the space, one mixture of it)."""
     made = graph.add(
         "W2WPP_SpaceFromLoras",
-        **{"folder": folder, "files": "", "save_as": "", "rank": 64, "components": 0, "cut": 0},
-        **options,
+        **{
+            "folder": folder,
+            "files": "",
+            "save_as": "",
+            "rank": 64,
+            "components": 0,
+            "cut": 0,
+            **options,
+        },
     )
     drawn = graph.add(
         "W2WPP_SampleIdentity", space=[made, 0], seed=3, truncation=1.0, count=1, mixture=True
