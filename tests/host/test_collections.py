@@ -216,7 +216,7 @@ def test_loras_from_other_nodes_lines_and_folders_join_and_misfits_are_named(hos
     )
     assert "Berta" in report or "avatar-1" in report
     assert "2 LoRAs for flux" in result.outputs[compared]["text"][0]
-    assert all(picture.std() > 5 for picture in result.pictures())
+    assert all(picture.std() > 2 for picture in result.pictures())  # a few dots on white
 
 
 @pytest.mark.parametrize(
