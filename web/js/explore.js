@@ -19,6 +19,7 @@ class FaceGrid {
     this.focus = 0;
     this.busy = null; // the generation that is being painted, while a run is under way
     this.told = "";
+    this.gone = new Set(); // names that the server knows no face for, such as those of a file from elsewhere
     this.build();
   }
 
@@ -45,10 +46,12 @@ class FaceGrid {
   /** Names of the painted faces of a generation, if they are those of the present seed. */
   names(generation) {
     const kept = this.node.properties?.[PROPERTY];
-    return (kept?.of === this.origin() && kept.names[generation]) || [];
+    const names = (kept?.of === this.origin() && kept.names[generation]) || [];
+    return names.map((name) => (this.gone.has(name) ? null : name));
   }
 
   remember({ generation, keys, seed, truncation }) {
+    for (const name of keys) this.gone.delete(name);
     const of = JSON.stringify([seed, truncation]);
     const before = this.node.properties?.[PROPERTY];
     const names = { ...(before?.of === of ? before.names : {}), [generation]: keys };
@@ -141,7 +144,7 @@ class FaceGrid {
     const mark = (sign, text, tip) =>
       make("button", { type: "button", tabindex: -1, title: tip, "aria-label": tip, onclick: () => this.mark(i, sign) }, text);
     const image = make("img", { alt: "", draggable: "false" });
-    image.addEventListener("error", () => image.remove());
+    image.addEventListener("error", () => this.lost(image.getAttribute("src")));
     const face = make("button", {
       type: "button",
       class: "w2wpp-face w2wpp-empty",
@@ -310,6 +313,12 @@ class FaceGrid {
     this.cells.forEach(({ face }, n) => (face.tabIndex = n === i ? 0 : -1));
   }
 
+  lost(url) {
+    if (!url) return;
+    this.gone.add(url.slice(url.lastIndexOf("/") + 1));
+    this.draw();
+  }
+
   painting(detail) {
     this.remember(detail);
     this.busy = detail.generation;
@@ -340,7 +349,10 @@ function faceUrl(name) {
 
 function showFace(face, image, name) {
   face.classList.toggle("w2wpp-empty", !name);
-  if (!name) return image.remove();
+  if (!name) {
+    image.removeAttribute("src");
+    return image.remove();
+  }
   const url = faceUrl(name);
   if (image.getAttribute("src") !== url) image.setAttribute("src", url);
   if (image.parentElement !== face) face.prepend(image);
