@@ -245,7 +245,7 @@ def test_users_errors_are_one_line_and_exit_code_1(run, space_file, make_space):
         (("export", "id.safetensors", "--space", "other.safetensors", "-o", "x"), "can't be used"),
         (("encode", space_file, "id.safetensors", "-o", "x"), "holds no LoRA"),
         (("dataset", ".", "--layout", "missing", "-o", "x"), "no such file"),
-        (("train", space_file, "-o", "x"), "expected 'w2wpp.basis'"),
+        (("train", space_file, "-o", "x"), "Train on the basis of its data set"),
     ]
     for arguments, message in cases:
         code, result, err = run(*arguments)
