@@ -309,7 +309,7 @@ def mutant(case, g):
             tensors[key] = t.float() * torch.inf
         elif change == 5:
             tensors[key.rsplit(".", 1)[0] + "." + PARTS[pick(g, len(PARTS))]] = tensors.pop(key)
-        elif change == 6:
+        elif change == 6 or not t.numel():
             tensors[key] = t[..., None] if t.ndim < 2 or pick(g, 2) else t.mT.contiguous()
         else:
             tensors[key] = t.reshape(-1)[:1].reshape([1] * pick(g, 4))

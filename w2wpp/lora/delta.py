@@ -18,6 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..errors import DataError
+
 EXACT_RANK = 512  # up to this many stacked ranks, products are taken in double precision as well
 BLOCK = 256  # rows of the stacked factors that are multiplied at a time
 DIRECT = 384  # smallest side of a stack up to which its SVD is taken as a whole
@@ -153,6 +155,11 @@ def cut(f: Factors, rank: int) -> tuple[Factors, float]:
     new_up = torch.zeros(size_out, rank, device=f.up.device)
     if not smallest:
         return Factors(new_down, new_up), 0.0
+    if not bool(torch.isfinite(f.up * f.scale).all() and torch.isfinite(f.down).all()):
+        raise DataError(
+            "An update to cut to a rank holds NaN, infinite or overflowing numbers: its weights or the LoRAs that it "
+            "is made of are out of range."
+        )
     whole = smallest <= max(DIRECT, rank + OVERSAMPLING)
     u, s, vt = _svd(f) if whole else _leading(f, rank + OVERSAMPLING)
     k = min(rank, len(s))
