@@ -151,7 +151,7 @@ def test_another_space_is_refused_and_the_right_one_named(host: Host) -> None:
         host.run(graph.nodes)
     message = str(failure.value)
     assert "belongs_00001_" in message and "Avatars (linear)" in message
-    assert "It is installed as avatars.safetensors" in message
+    assert "Choose avatars.safetensors in W2W++ Load Space" in message
 
 
 def test_a_residual_survives_the_file(host: Host, space: Space) -> None:
