@@ -16,7 +16,6 @@ import w2wpp
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = (
     "pyproject.toml",
-    "setup.py",
     "README.md",
     "LICENSE",
     "w2wpp",
