@@ -101,7 +101,8 @@ def test_one_person_is_picked_out_of_many(host: Host) -> None:
 
     nobody = graph.add("W2WPP_PickIdentity", identity=many, index=3)
     graph.paint([graph.apply([nobody, 0]), 0])
-    with pytest.raises(PromptFailed, match="nobody with index 3: the 3 people connected to W2W\+\+ Pick Identity go from 0 to 2"):
+    message = r"nobody with index 3: the 3 people connected to W2W\+\+ Pick Identity go from 0 to 2"
+    with pytest.raises(PromptFailed, match=message):
         host.run(graph.nodes)
 
 
