@@ -1,6 +1,7 @@
 """Two and four processes give what one gives: bases by every route, coefficients, a VAE, a whole command."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
@@ -74,6 +75,7 @@ def test_ranks_give_the_result_of_one(folder, size, monkeypatch):
     monkeypatch.setattr(dataset_module, "CHUNK_BYTES", dataset_module.CHUNK_BYTES)
     monkeypatch.setattr(module, "BLOCK_BYTES", module.BLOCK_BYTES)
     alone = compute_all(folder / "data")
+    monkeypatch.syspath_prepend(Path(__file__).parents[2])  # where new processes find this module
     multiprocessing.spawn(work, (size, str(folder)), nprocs=size)
     for rank in range(size):
         together = torch.load(folder / f"{size}-{rank}.pt")
