@@ -25,7 +25,7 @@ from ..build.checkpoint import State, load_run, save_run
 from .base import AvatarBase
 from .renderer import render
 from .scene import TRAITS, Scene, sample_identities, sample_scenes
-from .vae import AvatarVae, load_vae
+from .vae import load_vae
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,8 @@ def launch_base(
     ``vae`` is the autoencoder's file. Latents of the pictures are kept beside ``checkpoint``.
     """
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
-    latents = cached_latents(config, vae, checkpoint.with_suffix(".latents"), callback)
+    cache = checkpoint.with_suffix(".latents")
+    latents = cached_latents(config, vae, cache, processes=processes, callback=callback)
     if processes > 1:
         with tempfile.TemporaryDirectory() as folder:
             meeting_point = Path(folder, "store").as_uri()
@@ -102,30 +103,34 @@ def _join(
 
 def cached_latents(
     config: BaseTraining,
-    vae_path: Path,
+    vae: Path,
     cache: Path,
+    *,
+    processes: int = 1,
     callback: Callable[[str], None] = lambda line: None,
 ) -> Tensor:
     """Latents [pictures, 4, h, w] of the training pictures, half precision; read from ``cache`` when it fits."""
-    vae = load_vae(vae_path)
-    run = json.dumps(
-        {"seed": config.seed, "pictures": config.pictures, "vae": file_digest(vae_path)}
-    )
+    run = json.dumps({"seed": config.seed, "pictures": config.pictures, "vae": file_digest(vae)})
     if cache.exists():
         return files.load_checkpoint(cache, run)[0]["latents"]
     identity, scene = _people(config, torch.Generator().manual_seed(config.seed))
-    parts = []
-    for rows in torch.arange(config.pictures).split(500):
-        parts.append(_encode(vae, render(identity[rows], scene[rows])))
-        callback(f"base picture {int(rows[-1]) + 1}/{config.pictures}")
+    jobs = [(vae, identity[rows], scene[rows]) for rows in torch.arange(config.pictures).split(500)]
+    parts: list[Tensor] = []
+    with multiprocessing.get_context("spawn").Pool(processes, torch.set_num_threads, (1,)) as pool:
+        for part in pool.imap(_rendered, jobs):
+            parts.append(part)
+            callback(f"base picture {sum(map(len, parts))}/{config.pictures}")
     latents = torch.cat(parts)
     files.save_checkpoint(cache, run, {"latents": latents}, {})
     return latents
 
 
 @torch.no_grad()
-def _encode(vae: AvatarVae, pictures: Tensor) -> Tensor:
-    return torch.cat([vae.encode(part) for part in pictures.split(50)]).half()
+def _rendered(job: tuple[Path, Tensor, Scene]) -> Tensor:
+    """Latents of some people, rendered."""
+    path, identity, scene = job
+    vae = load_vae(path)
+    return torch.cat([vae.encode(part) for part in render(identity, scene).split(50)]).half()
 
 
 def _people(config: BaseTraining, generator: torch.Generator) -> tuple[Tensor, Scene]:
