@@ -14,7 +14,9 @@ def draw(*shape, seed=0):
 @pytest.fixture
 def at_mean(layout):
     """Mean and stds, every parameter another."""
-    return draw(layout.size), 0.1 + torch.rand(layout.size, generator=torch.Generator().manual_seed(1))
+    return draw(layout.size), 0.1 + torch.rand(
+        layout.size, generator=torch.Generator().manual_seed(1)
+    )
 
 
 def metrics(layout):

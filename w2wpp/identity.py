@@ -139,8 +139,7 @@ def interpolate(
         raise ConfigError(f"The mode of an interpolation is 'slerp' or 'lerp'. Got {mode!r}.")
     if len(a) != 1 or len(b) != 1:
         raise ShapeError(
-            f"Interpolation takes one identity at each end. Got {len(a)} and "
-            f"{len(b)}."
+            f"Interpolation takes one identity at each end. Got {len(a)} and {len(b)}."
         )
     require_same_space(a.space_fingerprint, b.space_fingerprint)
     t = _positions(steps, positions)

@@ -20,7 +20,9 @@ class StartNetwork(nn.Module):
     """Pictures [n, 3, H, W] in [-1, 1] -> latents [n, d]."""
 
     scale: Tensor  # []
-    spread: Tensor  # [r, d] how latents move when a person differs by one std in what the network reads
+    spread: (
+        Tensor  # [r, d] how latents move when a person differs by one std in what the network reads
+    )
 
     def __init__(
         self,

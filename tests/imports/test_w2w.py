@@ -222,10 +222,14 @@ def test_a_folder_holds_people_out_by_identity_where_a_table_says_who_is_who(run
     assert code == 0 and "rows are all that is known" in err
     training = result["training"]
     assert training["rows"]["heldout"] == round(0.25 * n)
-    assert set(training["weight_r2"]) == set(training["weight_r2_of_pca"]) == {"training", "heldout"}
+    assert (
+        set(training["weight_r2"]) == set(training["weight_r2_of_pca"]) == {"training", "heldout"}
+    )
     with open("people.csv", "w") as f:
         f.write("folder,smile,identity\n" + "".join(f"{i},1,{i // 3}\n" for i in range(n)))
-    code, result, err = run(*train, "--heldout", 0.25, "--labels", "people.csv", "-o", "p.safetensors")
+    code, result, err = run(
+        *train, "--heldout", 0.25, "--labels", "people.csv", "-o", "p.safetensors"
+    )
     assert code == 0 and "rows are all" not in err
     persons = -(-n // 3)
     assert abs(result["training"]["rows"]["heldout"] - 3 * round(0.25 * persons)) <= 2
@@ -233,7 +237,6 @@ def test_a_folder_holds_people_out_by_identity_where_a_table_says_who_is_who(run
     assert facts["by"] == "identity"
     code, _, err = run(*train, "--heldout", 0, "-o", "all.safetensors")
     assert code == 0
-
 
 
 def test_the_diffusers_export_is_encoded(run, folder, official, tmp_path):

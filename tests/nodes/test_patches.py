@@ -94,5 +94,7 @@ def test_strength_zero_is_the_bare_model_and_a_misfit_is_refused_before_anything
     patches, _ = host
     assert [m.patches for m in patches.patched_each(model(), LAYOUT, people(2), 0.0)] == [{}, {}]
     misfit = model(**{"a.b.weight": (2, 9)})
-    with pytest.raises(patches.LayoutMismatch, match="0 of them are missing and 1 have another shape"):
+    with pytest.raises(
+        patches.LayoutMismatch, match="0 of them are missing and 1 have another shape"
+    ):
         patches.patched_each(misfit, LAYOUT, people(2), 1.0)

@@ -86,7 +86,9 @@ def test_encoding_is_least_squares_under_the_metric(layout, name):
     inner = f[1] @ f[1].T
     assert torch.allclose(inner, torch.eye(6, dtype=torch.float64), atol=2e-3)
     missed = (f[0] - (basis.project(w) * basis.singular_values).double() @ f[1]).square().sum(1)
-    assert torch.allclose(project_dataset(data, basis).outside[data.heldout].double(), missed, rtol=1e-2)
+    assert torch.allclose(
+        project_dataset(data, basis).outside[data.heldout].double(), missed, rtol=1e-2
+    )
 
 
 def test_updates_know_no_gauge_and_parameters_do(layout):
@@ -94,7 +96,9 @@ def test_updates_know_no_gauge_and_parameters_do(layout):
     data = make(layout)
     turned = {}
     for i, (name, (a, b)) in enumerate(layout.unpack(data.vectors()).items()):
-        x = torch.eye(layout.rank) * 10 ** (i % 3 - 1) + 0.1 * draw(layout.rank, layout.rank, seed=i)
+        x = torch.eye(layout.rank) * 10 ** (i % 3 - 1) + 0.1 * draw(
+            layout.rank, layout.rank, seed=i
+        )
         turned[name] = (torch.linalg.inv(x) @ a, b @ x)
     other = dataclasses.replace(data, source=layout.pack(turned))
     outcomes = {}

@@ -359,7 +359,9 @@ def test_the_report_has_pca_of_the_same_size_beside(coefficients, basis):
 
 def test_out_of_memory_is_one_sentence_with_what_to_change(coefficients, basis, monkeypatch):
     def fail(*args, **kwargs):
-        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried ...")
+        raise RuntimeError(
+            "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried ..."
+        )
 
     monkeypatch.setattr("w2wpp.training.fit_vae.Run", fail)
     with pytest.raises(ResourceError, match=r"^Out of memory\. .*--batch"):

@@ -128,7 +128,11 @@ def test_a_sketch_travels_in_a_file(model, pictures, layout, tmp_path):
 
 def test_fit_basis_takes_a_sketch(run, model, pictures, dataset, layout, tmp_path):
     write_dataset(
-        tmp_path / "data.safetensors", dataset.vectors(), layout, dataset.identity, heldout=dataset.heldout
+        tmp_path / "data.safetensors",
+        dataset.vectors(),
+        layout,
+        dataset.identity,
+        heldout=dataset.heldout,
     )
     rows = rows_of(model, pictures, dataset.vectors(dataset.training_rows), rows=30)
     save_sketch(tmp_path / "s.safetensors", layout, rows)

@@ -405,7 +405,9 @@ def _check_tiling(path: Path, entries: Mapping[str, Entry], start: int, size: in
     """Tensors must fill the file with neither overlap nor gap, as safetensors itself demands."""
     for entry in sorted(entries.values(), key=lambda e: (e.start, e.stop)):
         if entry.start != start:
-            raise FormatError(f"{path}: its tensors overlap or leave gaps. Download or copy it again.")
+            raise FormatError(
+                f"{path}: its tensors overlap or leave gaps. Download or copy it again."
+            )
         start = entry.stop
     if start != size:
         raise FormatError(

@@ -145,7 +145,9 @@ class Matrix:
         if self.dtype in BITS:
             found = found.view(self.dtype).float()
         if not bool(torch.isfinite(found).all()):
-            raise FormatError(f"{self.path} holds NaN or infinite numbers. Download or copy it again.")
+            raise FormatError(
+                f"{self.path} holds NaN or infinite numbers. Download or copy it again."
+            )
         return found
 
 

@@ -195,7 +195,9 @@ class _Checkpoint:
     def search(self) -> dict[str, Any]:
         found = self.numbers.get("search", {})
         if found and not (isinstance(found, dict) and type(found.get("best_epoch")) is int):
-            raise FormatError(f"{self.path}: this checkpoint cannot be read. Delete it to start again.")
+            raise FormatError(
+                f"{self.path}: this checkpoint cannot be read. Delete it to start again."
+            )
         return found
 
     def restore(self, run: Run) -> None:

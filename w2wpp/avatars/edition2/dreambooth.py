@@ -88,7 +88,9 @@ class Photographs:
     def batch(self, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Latents [N*M, 4, h, w], words [N*M, 4], noise and timesteps [N*M] of a step, ordered by person."""
         own = self.config.conditions == "own"
-        draws = [self._draw(step, int(person)) for person in (self.index if own else self.index[:1])]
+        draws = [
+            self._draw(step, int(person)) for person in (self.index if own else self.index[:1])
+        ]
         draws = draws if own else draws * self.count
         shots, noise, timestep = (torch.stack(part) for part in zip(*draws))
         rows = torch.arange(self.count)[:, None]

@@ -28,7 +28,9 @@ from .scene import TRAITS, WORDS
 FORMAT = "w2wpp.avatar_reader"
 LOOK_SIZE = 64  # pixels per side that the locator and the face network see
 PLACEMENT = 4
-SECOND_LOOK = 1.9  # half side of the second look's window in face units: room for an error of the first
+SECOND_LOOK = (
+    1.9  # half side of the second look's window in face units: room for an error of the first
+)
 _WHOLE = ("background", "framing")
 _FACE = ("smile", "light")
 
@@ -65,9 +67,7 @@ class AvatarReader(nn.Module):
         self.locator = _Heads(
             backbone(width), place=PLACEMENT, present=1, **{s: len(WORDS[s]) for s in _WHOLE}
         )
-        self.face = _Heads(
-            backbone(width), traits=len(TRAITS), **{s: len(WORDS[s]) for s in _FACE}
-        )
+        self.face = _Heads(backbone(width), traits=len(TRAITS), **{s: len(WORDS[s]) for s in _FACE})
 
     def locate(self, pictures: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Pictures [B, 3, S, S] in [-1, 1] -> placement [B, 4] after two looks, and the first look's answers."""
@@ -179,7 +179,9 @@ class _Mix(nn.Module):
     def __init__(self, tokens: int, channels: int) -> None:
         super().__init__()
         self.norm_tokens, self.norm_channels = nn.LayerNorm(channels), nn.LayerNorm(channels)
-        self.tokens = nn.Sequential(nn.Linear(tokens, 2 * tokens), nn.GELU(), nn.Linear(2 * tokens, tokens))
+        self.tokens = nn.Sequential(
+            nn.Linear(tokens, 2 * tokens), nn.GELU(), nn.Linear(2 * tokens, tokens)
+        )
         self.channels = nn.Sequential(
             nn.Linear(channels, 2 * channels), nn.GELU(), nn.Linear(2 * channels, channels)
         )

@@ -139,9 +139,16 @@ class _Portrait:
     def _strands(self) -> Tensor:
         """Hair colour [B, 3, S, S]: strands fall from the crown, with a soft sheen across them."""
         angle = torch.atan2(self.x, self.y + 1.7)
-        strands = torch.sin(46 * angle + 2.2 * torch.sin(9 * angle)) + 0.6 * torch.sin(101 * angle + 1)
+        strands = torch.sin(46 * angle + 2.2 * torch.sin(9 * angle)) + 0.6 * torch.sin(
+            101 * angle + 1
+        )
         sheen = torch.exp(-((self.y + 0.5 * self.height + 0.12 * self.x.square()) / 0.12).square())
-        shade = 1 + 0.10 * strands + 0.22 * sheen + 0.22 * self.light * (self.x / self.width).clamp(-1.2, 1.2)
+        shade = (
+            1
+            + 0.10 * strands
+            + 0.22 * sheen
+            + 0.22 * self.light * (self.x / self.width).clamp(-1.2, 1.2)
+        )
         return (self.hair[:, :, None, None] * shade[:, None]).clamp(0, 1)
 
     def _hair_behind(self) -> None:
@@ -176,15 +183,20 @@ class _Portrait:
     def _ears(self) -> None:
         for side in (-1, 1):
             x, y = self.x - side * (self.width + 0.005), self.y + 0.02
-            self.canvas.paint(self.canvas.cover(ellipse(x, y, 0.075, 0.125)), self._lit(self.skin * 0.94))
             self.canvas.paint(
-                0.5 * self.canvas.cover(ellipse(x - side * 0.01, y, 0.035, 0.07), 0.03), self._lit(self.skin * 0.72)
+                self.canvas.cover(ellipse(x, y, 0.075, 0.125)), self._lit(self.skin * 0.94)
+            )
+            self.canvas.paint(
+                0.5 * self.canvas.cover(ellipse(x - side * 0.01, y, 0.035, 0.07), 0.03),
+                self._lit(self.skin * 0.72),
             )
 
     def _head(self) -> None:
         self.covered = self.canvas.cover(self.face)
         self.canvas.paint(self.covered, self._lit(self.skin))
-        blush = torch.exp(-(((self.x.abs() - 0.27) / 0.13).square() + ((self.y - 0.16) / 0.1).square()))
+        blush = torch.exp(
+            -(((self.x.abs() - 0.27) / 0.13).square() + ((self.y - 0.16) / 0.1).square())
+        )
         red = self.skin * torch.tensor([1.0, 0.8, 0.78])
         self.canvas.paint(0.4 * self.covered * blush, self._lit(red))
 
@@ -224,11 +236,16 @@ class _Portrait:
         size = self.trait["nose"]
         width, length = 0.07 + 0.021 * size, 0.15 + 0.03 * size
         x, y = self.x, self.y - 0.03
-        ridge = torch.exp(-(x / (0.45 * width)).square()) * self.canvas.cover(y.abs() - length, 0.12)
+        ridge = torch.exp(-(x / (0.45 * width)).square()) * self.canvas.cover(
+            y.abs() - length, 0.12
+        )
         self.canvas.paint(0.35 * ridge, (self._lit(self.skin) * 1.12).clamp(0, 1))
         side = torch.where(self.light >= 0, -1.0, 1.0)  # the shadow falls away from the light
         flank = torch.exp(-((x - side * 0.8 * width) / (0.4 * width)).square())
-        self.canvas.paint(0.3 * flank * self.canvas.cover((y - 0.02).abs() - length, 0.1), self._lit(self.skin * 0.75))
+        self.canvas.paint(
+            0.3 * flank * self.canvas.cover((y - 0.02).abs() - length, 0.1),
+            self._lit(self.skin * 0.75),
+        )
         tip_y = y - length + 0.03
         tip = arc(x, tip_y - 0.035, width, -0.035, 0.012)
         self.canvas.paint(0.75 * self.canvas.cover(tip), self._lit(self.skin * 0.6))
@@ -241,14 +258,23 @@ class _Portrait:
         white, dark = torch.full_like(self.iris, 0.97), torch.full_like(self.iris, 0.06)
         for side in (-1, 1):
             x, y = self.x - side * self.eye_x, self.y + 0.1
-            socket = torch.exp(-((x / (1.7 * size)).square() + ((y + 0.02) / (1.3 * size)).square()))
+            socket = torch.exp(
+                -((x / (1.7 * size)).square() + ((y + 0.02) / (1.3 * size)).square())
+            )
             self.canvas.paint(0.3 * socket, self._lit(self.skin * 0.72))
             almond = ellipse(x, y, size * 1.25, size * 0.82)
             opening = self.canvas.cover(almond)
             self.canvas.paint(opening, white)
-            self.canvas.paint(opening * self.canvas.cover(ellipse(x, y, size * 0.72, size * 0.72)), self.iris * 0.6)
-            self.canvas.paint(opening * self.canvas.cover(ellipse(x, y, size * 0.6, size * 0.6)), self.iris)
-            self.canvas.paint(opening * self.canvas.cover(ellipse(x, y, size * 0.3, size * 0.3)), dark)
+            self.canvas.paint(
+                opening * self.canvas.cover(ellipse(x, y, size * 0.72, size * 0.72)),
+                self.iris * 0.6,
+            )
+            self.canvas.paint(
+                opening * self.canvas.cover(ellipse(x, y, size * 0.6, size * 0.6)), self.iris
+            )
+            self.canvas.paint(
+                opening * self.canvas.cover(ellipse(x, y, size * 0.3, size * 0.3)), dark
+            )
             glint = ellipse(x - 0.2 * size, y + 0.25 * size, size * 0.16, size * 0.16)
             self.canvas.paint(opening * self.canvas.cover(glint), white)
             lid = intersection(almond.abs() - 0.014, y + 0.1 * size)
@@ -269,7 +295,11 @@ class _Portrait:
         fringe = self.trait["fringe"]
         x, y = self.x, self.y
         hairline = -self.height * (0.6 - 0.15 * fringe) + 0.14 * x * fringe.clamp_min(0)
-        hairline = hairline + 0.30 * x.square() * (1 - 0.5 * fringe.clamp(0, 1)) + 0.012 * torch.sin(34 * x)
+        hairline = (
+            hairline
+            + 0.30 * x.square() * (1 - 0.5 * fringe.clamp(0, 1))
+            + 0.012 * torch.sin(34 * x)
+        )
         volume = 0.075 + 0.04 * self.trait["hair_volume"]
         cap = ellipse(x, y + 0.12 * (y < 0), self.width + volume, self.height + volume)
         top = intersection(cap, y - hairline)
@@ -278,7 +308,9 @@ class _Portrait:
         outer = self.width + volume - 0.1 * (y + 0.12).clamp_min(0).square()
         locks = intersection(inner - x.abs(), x.abs() - outer, y - length + 0.05, -0.12 - y)
         # Above the temples the locks grow out of the hairline.
-        roots = intersection(inner + 0.12 * (-0.12 - y) - x.abs(), cap, y + 0.12, -0.6 - y, -0.15 - length)
+        roots = intersection(
+            inner + 0.12 * (-0.12 - y) - x.abs(), cap, y + 0.12, -0.6 - y, -0.15 - length
+        )
         locks = union(locks, roots)
         covered = self.canvas.cover(union(top, locks))
         shadow = self.covered * self.canvas.cover(union(top, locks) - 0.03, 0.09) * 0.3

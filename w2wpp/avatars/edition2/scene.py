@@ -43,7 +43,9 @@ class Scene:
     light: Tensor  # [B] index into LIGHTS
     framing: Tensor  # [B] index into FRAMINGS
     pose: Tensor  # [B, 4] right, down, log scale, rotation, in standard deviations of the framing
-    jitter: Tensor  # [B, 3] how far smile, light and background stray from their word; standard normal
+    jitter: (
+        Tensor  # [B, 3] how far smile, light and background stray from their word; standard normal
+    )
 
     def __len__(self) -> int:
         return len(self.background)

@@ -71,7 +71,11 @@ def train_reader(
     model = AvatarReader(config.make)
     optimiser = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=0.02)
     state: State = {"model": model, "optimiser": optimiser, "generator": generator}
-    step, started, recent = load_run(checkpoint, state, config=asdict(config)), time.monotonic(), 0.0
+    step, started, recent = (
+        load_run(checkpoint, state, config=asdict(config)),
+        time.monotonic(),
+        0.0,
+    )
     while step < config.steps:
         warm = min(1.0, (step + 1) / 100)
         rate = warm * 0.5 * (1 + math.cos(math.pi * step / config.steps))
@@ -85,7 +89,9 @@ def train_reader(
         recent = loss.item() if recent == 0 else 0.98 * recent + 0.02 * loss.item()
         if step % 100 == 0 or step == config.steps:
             seconds = time.monotonic() - started
-            callback(f"reader {config.make} step {step}/{config.steps} loss {recent:.4f} {seconds:.0f} s")
+            callback(
+                f"reader {config.make} step {step}/{config.steps} loss {recent:.4f} {seconds:.0f} s"
+            )
         if step % 500 == 0 or step == config.steps:
             save_run(checkpoint, state, step=step, config=asdict(config))
     return model.requires_grad_(False).eval()
@@ -173,7 +179,9 @@ def _loss(
     with torch.autocast("cpu", torch.bfloat16):
         first, second, answers = model.locator(whole), model.locator(again), model.face(face)
     here = present.float()[:, None]
-    located = (first["place"].float() - seen).square() + 4 * (second["place"].float() - target).square()
+    located = (first["place"].float() - seen).square() + 4 * (
+        second["place"].float() - target
+    ).square()
     loss = (located * here).mean()
     loss = loss + ((answers["traits"].float() - album.identity[rows]).square() * here).mean()
     logit = first["present"].float()[:, 0]

@@ -152,7 +152,9 @@ def _loss(
     model: AvatarVae, batch: Tensor, config: VaeTraining, generator: torch.Generator
 ) -> tuple[Tensor, float]:
     """The evidence bound's two parts, each a mean per number, and the squared error by itself."""
-    noise = torch.randn(len(batch), 4, batch.shape[2] // 8, batch.shape[3] // 8, generator=generator)
+    noise = torch.randn(
+        len(batch), 4, batch.shape[2] // 8, batch.shape[3] // 8, generator=generator
+    )
     with torch.autocast("cpu", torch.bfloat16):
         mean, log_variance = (part.float() for part in model.posterior(batch))
         back = model.decode_raw(mean + (0.5 * log_variance).exp() * noise).float()

@@ -94,9 +94,7 @@ class _Residual(nn.Module):
         return hidden + self.second(F.silu(self.norm_second(inner)))
 
 
-def save_vae(
-    vae: AvatarVae, path: str | Path, provenance: Mapping[str, Any] | None = None
-) -> None:
+def save_vae(vae: AvatarVae, path: str | Path, provenance: Mapping[str, Any] | None = None) -> None:
     """Write the autoencoder in half precision."""
     tensors = {name: value.detach().half() for name, value in vae.state_dict().items()}
     config = {"wide": vae.wide, "deep": vae.deep, "provenance": dict(provenance or {})}
