@@ -92,7 +92,8 @@ def test_without_torch_one_sentence_says_what_to_do(site, tmp_path):
     status, out, err = run(site, main.format(["info", "x.safetensors"]), tmp_path)
     assert (status, out) == (1, "")
     assert (
-        err == "w2wpp: This needs torch, which is not installed: pip install 'w2wpp[standalone]'\n"
+        err == f"w2wpp: This needs torch, which is not installed: {sys.executable} -m pip install "
+        "'w2wpp[standalone]'\n"
     )
     assert run(site, main.format(["--version"]), tmp_path)[:2] == (
         0,
@@ -102,7 +103,8 @@ def test_without_torch_one_sentence_says_what_to_do(site, tmp_path):
     status, out, err = run(site, code, tmp_path)
     assert status == 1 and out == f"{w2wpp.__version__}\n"
     assert err.splitlines()[-1] == (
-        "ImportError: w2wpp.load_space: This needs torch, which is not installed: pip install 'w2wpp[standalone]'"
+        "ImportError: w2wpp.load_space: This needs torch, which is not installed: "
+        f"{sys.executable} -m pip install 'w2wpp[standalone]'"
     )
 
 

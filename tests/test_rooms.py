@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # From the ground up. A room knows itself and what lies below it; rooms of one floor do not know each other.
 FLOORS = (
-    ("errors",),
+    ("errors", "commands"),
     ("arrays", "bundle"),
     ("files", "metrics", "noise", "rates"),
     ("lora.layout", "diffusion", "plots"),

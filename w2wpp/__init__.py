@@ -69,7 +69,9 @@ except ModuleNotFoundError as e:
     # requirements would have the host's own replaced.
     if e.name not in ("torch", "numpy", "safetensors", "einops"):
         raise
-    MISSING = f"This needs {e.name}, which is not installed: pip install 'w2wpp[standalone]'"
+    from .commands import installation
+
+    MISSING = f"This needs {e.name}, which is not installed: {installation('standalone')}"
 
     def __getattr__(name: str) -> object:
         if name.startswith("__"):

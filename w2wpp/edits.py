@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import torch
 
+from .commands import command
 from .errors import ConfigError
 from .identity import Identity, require_same_space
 from .space import Space
@@ -44,7 +45,7 @@ def edit(identity: Identity, space: Space, strengths: Mapping[str, float]) -> Id
 def known_directions(space: Space) -> str:
     """What can be edited in a space, as the end of a sentence."""
     if not space.directions:
-        return "it has none at all: add some with 'w2wpp directions'"
+        return f"it has none at all: add some with '{command('directions')}'"
     return f"it has {', '.join(sorted(space.directions))}"
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 import nodes  # the host's, not this package
 
 from ...w2wpp import Identity, load_space, save_identity
+from ...w2wpp.commands import command
 from ...w2wpp.errors import ConfigError, W2WError, WriteError
 from ...w2wpp.files.container import peek_metadata
 from ...w2wpp.files.names import portable_name
@@ -27,11 +28,6 @@ EXAMPLE_LORAS = "eight avatars (shipped)"
 CATEGORY = "w2wpp"  # the folder under the host's models/, and its name in extra_model_paths.yaml
 ENDING = ".safetensors"
 SPACE, IDENTITY = "w2wpp.space", "w2wpp.identity"  # what files say that they are
-SD15_HELP = (
-    "A space for Stable Diffusion 1.5 is made from the official weights2weights files, for non-commercial use: "
-    "download the folder 'files' of https://huggingface.co/snap-research/weights2weights and run "
-    "'w2wpp import-w2w files -o models/w2wpp/w2w.safetensors'."
-)
 
 
 def register_folders() -> None:
@@ -62,9 +58,18 @@ def space_path(name: str) -> str:
     if name not in space_names():
         raise ConfigError(
             f"There is no space {name!r} in models/{CATEGORY}/. Installed are: {', '.join(space_names()) or 'none'}. "
-            f"{SD15_HELP} Then press R to refresh the lists."
+            f"{_sd15_help()} Then press R to refresh the lists."
         )
     return model_files()[name]
+
+
+def _sd15_help() -> str:
+    target = Path(folder_paths.models_dir, CATEGORY, "w2w.safetensors")
+    line = command(f'import-w2w files -o "{target}"')
+    return (
+        "A space for Stable Diffusion 1.5 is made from the official weights2weights files, for non-commercial use: "
+        f"download the folder 'files' of https://huggingface.co/snap-research/weights2weights and run '{line}'."
+    )
 
 
 def space_header(name: str) -> SpaceHeader:

@@ -12,6 +12,7 @@ import torch
 
 from w2wpp import Space, edit, load_identity, load_lora, load_space, save_lora, save_space
 from w2wpp.cli import build_parser, main
+from w2wpp.commands import command
 from w2wpp.lora.gauge import span_distance
 from w2wpp.training.dataset import load_dataset, write_dataset
 
@@ -78,7 +79,7 @@ def test_from_lora_files_to_a_trained_space(run, loras, dataset):
         fingerprints.add(result["fingerprint"])
     assert len(fingerprints) == 1
     code, _, err = run("train", "data.safetensors", "-o", "x.safetensors")
-    assert code == 1 and "run 'w2wpp fit-basis' on it first" in err
+    assert code == 1 and f"run '{command('fit-basis')}' on it first" in err
 
 
 def test_seeded_means_the_same_bytes(run, loras, make_space):

@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .. import __version__
+from ..commands import installation
 from ..errors import W2WError
 from . import avatars, collections, identities, imports, training
 from .arguments import check_arguments
@@ -38,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as e:
         if e.name is None or e.name.split(".")[0] not in EXTRAS:
             raise
-        print(f"w2wpp: '{args.verb}' needs {e.name}: pip install 'w2wpp[avatars]'", file=sys.stderr)
+        print(f"w2wpp: '{args.verb}' needs {e.name}: {installation('avatars')}", file=sys.stderr)
         return 1
     except (MemoryError, RuntimeError) as e:
         if not isinstance(e, MemoryError) and not any(word in str(e) for word in MEMORY):

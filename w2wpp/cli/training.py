@@ -12,6 +12,7 @@ from typing import Any
 from ..basis import AffineBasis, AnyBasis
 from ..codecs import CODECS
 from ..codecs import OLDER_NAMES as OLDER_CODECS
+from ..commands import command
 from ..delta_basis import DeltaBasis
 from ..errors import ConfigError, FormatError
 from ..files.container import open_container
@@ -160,7 +161,7 @@ def register(verbs: Any) -> None:
     p.add_argument(
         "basis",
         metavar="BASIS",
-        help="from fit-basis, a space of LoRAs ('w2wpp space'), or a folder of official w2w files; for --codec "
+        help="from fit-basis, a space of LoRAs (from space), or a folder of official w2w files; for --codec "
         "original a data set",
     )
     p.add_argument(
@@ -410,12 +411,13 @@ def _training_input(args: argparse.Namespace) -> tuple[Coefficients, SpaceBasis]
     if args.heldout is not None or args.labels:
         raise ConfigError(
             "--heldout and --labels are for a folder of official files; who is held out of a data set "
-            "was said when it was made ('w2wpp dataset --heldout')."
+            f"was said when it was made ('{command('dataset --heldout')}')."
         )
     kind = open_container(args.basis).metadata.get("format")
     if kind == "w2wpp.dataset":
         if args.codec != "original":
-            raise FormatError(f"{args.basis} is a data set; run 'w2wpp fit-basis' on it first.")
+            line = command("fit-basis")
+            raise FormatError(f"{args.basis} is a data set; run '{line}' on it first.")
         data = load_dataset(args.basis)
         affine = AffineBasis(data.layout.size, scale=10.0)
         return project_dataset(data, affine), affine

@@ -40,8 +40,8 @@ def read_numbers(
     official data set."""
     if isinstance(space.basis, AffineBasis):
         raise SpaceMismatch(
-            f"'{space.name}' has no components; coefficients need a space made by 'w2wpp import-w2w' "
-            "or trained on its basis."
+            f"'{space.name}' has no components; coefficients need a linear space of the official files, or one "
+            "trained on its basis."
         )
     numbers = load_tensor(Path(path), ndim=2, or_flat=True)
     facts: dict[str, Any]

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..commands import command
 from ..errors import ConfigError, DataError
 from ..space import Space
 from .dataset import VectorDataset
@@ -132,7 +133,8 @@ def space_directions(
 ) -> Directions:
     """Directions of a space from the labelled training people of a data set, scored on those held out."""
     if dataset.labels is None:
-        raise DataError("This data set has no labels; make it with 'w2wpp dataset --labels CSV'.")
+        line = command("dataset --labels CSV")
+        raise DataError(f"This data set has no labels; make it with '{line}'.")
     names = tuple(only) if only is not None else dataset.label_names
     unknown = [name for name in names if name not in dataset.label_names]
     if unknown:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..codecs import build_codec
+from ..commands import command
 from ..delta_basis import DeltaBasis, Grams, compute_grams, delta_components
 from ..errors import ConfigError, DataError, W2WError
 from ..files.writing import is_leftover
@@ -196,7 +197,7 @@ def collection_coefficients(space: Space) -> Coefficients:
     if not isinstance(basis, DeltaBasis):
         raise ConfigError(
             f"The space '{space.name}' does not hold what it was made of. Train on the basis of its data set, from "
-            "'w2wpp fit-basis'."
+            f"'{command('fit-basis')}'."
         )
     c, gram, p = basis.member_coefficients(), basis.grams.total, basis.weights
     along = gram @ p
@@ -294,7 +295,7 @@ def _require_enough(members: Sequence[Member], refused: Sequence[tuple[str, str]
     if len(members) > MOST_FILES:
         raise DataError(
             f"A space takes at most {MOST_FILES} LoRAs; {len(members)} were given. For LoRAs of one trainer "
-            "with one seed use 'w2wpp dataset' and 'w2wpp fit-basis'."
+            f"with one seed use '{command('dataset')}' and '{command('fit-basis')}'."
         )
 
 
