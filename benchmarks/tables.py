@@ -1,6 +1,6 @@
 """Copy the tables that the benchmarks wrote into the pages that quote them.
 
-    python benchmarks/tables.py README.md
+    python benchmarks/tables.py docs/measurements.md docs/train.md
 
 In the page, ``<!-- table FILE -->`` or ``<!-- table FILE: COLUMN, COLUMN -->`` opens a copy of a table of
 ``benchmarks/results/``, whole or some columns of it, and ``<!-- end -->`` closes it.

@@ -1,13 +1,15 @@
-"""What the library says of itself: every public definition has words, and pages can be made of them."""
+"""What the library says of itself: public definitions have words, pages can be made of them, links lead somewhere."""
 
 from __future__ import annotations
 
 import ast
 import functools
 import importlib.util
+import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 
@@ -59,12 +61,17 @@ def test_every_public_definition_has_words(path: Path) -> None:
     assert silent == []
 
 
-@pytest.fixture(scope="module")
-def api():
-    spec = importlib.util.spec_from_file_location("api", ROOT / "docs" / "api.py")
+def load(name: str):
+    """A script of docs/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def api():
+    return load("api")
 
 
 def test_pages_are_made_of_them(api, tmp_path: Path) -> None:
@@ -89,3 +96,51 @@ def test_the_page_list_has_every_public_module(api) -> None:
         "w2wpp.lora.layout",
     } <= set(api.modules())
     assert not [n for n in api.modules() if n.startswith(("w2wpp.cli", "w2wpp.avatars"))]
+
+
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_and_pictures_of_a_page_lead_to_files(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    targets = re.findall(r"\]\(([^)#]+)[)#]|src=\"([^\"]+)\"", text)
+    for target in (unquote(a or b) for a, b in targets):
+        assert target.startswith("https://") or (page.parent / target).exists(), target
+
+
+@pytest.fixture(scope="module")
+def publishing():
+    return load("publishing")
+
+
+METADATA = """
+version = "1.2.3"
+Repository = "https://github.com/somebody/ComfyUI-people"
+PublisherId = "somebody"
+Icon = "https://raw.githubusercontent.com/somebody/ComfyUI-people/main/docs/icon.svg"
+"""
+
+
+@pytest.mark.parametrize(
+    "before, after, point",
+    [
+        ("", "", None),
+        ('"somebody"', '"w2wpp"', "PublisherId is a placeholder: 'w2wpp'"),
+        ('PublisherId = "somebody"\n', "", "PublisherId is a placeholder: ''"),
+        ("github.com/somebody", "github.com/other", "Icon lies outside of the repository other/"),
+        ("https://github.com", "ftp://github.com", "Repository is no address at GitHub: 'ftp:"),
+        ('"1.2.3"', '"1.2"', "version has to be three numbers"),
+        ('"1.2.3"', '"1.2.4"', "CHANGELOG.md has no chapter '## 1.2.4'"),
+    ],
+)
+def test_what_is_open_before_publishing_is_said(publishing, before, after, point) -> None:
+    points = publishing.open_points(METADATA.replace(before, after), "# Changes\n\n## 1.2.3\n")
+    assert points == [] if point is None else points[0].startswith(point)
+
+
+def test_this_version_has_its_chapter_and_its_placeholders_are_noticed(publishing) -> None:
+    points = publishing.open_points(
+        (ROOT / "pyproject.toml").read_text("utf-8"), (ROOT / "CHANGELOG.md").read_text("utf-8")
+    )
+    assert all("placeholder" in point for point in points)

@@ -108,13 +108,13 @@ def test_without_torch_one_sentence_says_what_to_do(site, tmp_path):
     )
 
 
-def test_the_metadata_says_what_the_readme_says(wheel):
+def test_the_metadata_says_what_the_page_on_the_library_says(wheel):
     with zipfile.ZipFile(wheel) as archive:
         (name,) = [n for n in archive.namelist() if n.endswith("METADATA")]
         facts = email.message_from_bytes(archive.read(name))
     assert facts["Version"] == w2wpp.__version__
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    extras = set(re.findall(r"\[([a-z]+)\]\"?'?", readme)) & {
+    page = (ROOT / "docs" / "library.md").read_text(encoding="utf-8")
+    extras = set(re.findall(r"\[([a-z]+)\]\"?'?", page)) & {
         "standalone",
         "avatars",
         "test",

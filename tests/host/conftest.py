@@ -43,12 +43,24 @@ def object_info(host: Host) -> dict:
 
 
 def workflow_names() -> list[str]:
+    """All example workflows, by their files: a number, and a title."""
     return sorted(path.stem for path in (REPO / "example_workflows").glob("*.json"))
+
+
+def title(name: str) -> str:
+    """A workflow's name without its number."""
+    return name.split(" ", 1)[1]
+
+
+def named(wanted: str) -> str:
+    """The workflow with a title, whatever its number."""
+    (name,) = [name for name in workflow_names() if title(name) == wanted]
+    return name
 
 
 def runnable_names() -> list[str]:
     """Those that run from a fresh install; the others need files that users download."""
-    return [name for name in workflow_names() if not name.startswith("sd15_")]
+    return [name for name in workflow_names() if "Stable Diffusion" not in name]
 
 
 def read_workflow(name: str) -> dict:

@@ -13,7 +13,7 @@ import pytest
 
 from w2wpp.family import Family, read_family
 
-from .conftest import read_workflow
+from .conftest import named, read_workflow
 from .server import PROBE, REPO, SECONDS, Host, lay_out, serving
 
 pytest.importorskip("playwright", reason="the front-end tests need playwright")
@@ -107,7 +107,7 @@ def wait_for_picture(page: Any, host: Host, before: Path | None) -> None:
 
 def workflow(*, picture: int = 0) -> dict:
     """The example, with a picture of its own, or the host would show the one that it has."""
-    opened = read_workflow("explore_faces")
+    opened = read_workflow(named("Choose a face by looking"))
     (sampler,) = [n for n in opened["nodes"] if n["type"] == "KSampler"]
     sampler["widgets_values"][0] = picture
     return opened

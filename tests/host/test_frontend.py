@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from .conftest import runnable_names, workflow_names
+from .conftest import named, runnable_names, workflow_names
 from .server import Host, Result
 
 pytest.importorskip("playwright", reason="the front-end tests need playwright")
@@ -40,7 +40,7 @@ def test_workflow_opens_and_runs(host: Host, page: Any, name: str) -> None:
 
 
 def test_the_sd15_workflow_opens_and_says_what_is_missing(host: Host, page: Any) -> None:
-    browser.open_template(page, host, "sd15_sample_identity")
+    browser.open_template(page, host, named("Draw a person for Stable Diffusion 1.5"))
     assert "missing" not in browser.trouble(page)
     page.get_by_test_id("queue-button").first.click()
     page.wait_for_function("() => app.lastNodeErrors")

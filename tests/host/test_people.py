@@ -16,7 +16,7 @@ from w2wpp.avatars.world.embedder import load_embedder
 from w2wpp.identity import load_pictures
 from w2wpp.mix import mix
 
-from .conftest import read_workflow
+from .conftest import named, read_workflow
 from .graphs import SAMPLER, AvatarGraph, Graph, Link, to_prompt
 from .server import REPO, Host, PromptFailed
 
@@ -147,7 +147,7 @@ def halves_and_people(
     host: Host, object_info: dict, left: int, right: int, seed: int
 ) -> torch.Tensor:
     """ID scores [half, person] of the example with other people in it; a person is read from four pictures."""
-    prompt = to_prompt(read_workflow("two_people"), object_info)
+    prompt = to_prompt(read_workflow(named("Put two people into one picture")), object_info)
     samples = [n for n in prompt.values() if n["class_type"] == "W2WPP_SampleIdentity"]
     for node, who in zip(samples, (left, right)):
         node["inputs"]["seed"] = who
