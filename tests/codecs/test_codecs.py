@@ -10,6 +10,7 @@ from w2wpp.codecs.base import Posterior
 K = 12
 CONFIGS = {
     "pca": {"latent_size": K},
+    "curved": {"latent_size": 5, "hidden": [16]},
     "vae-skip": {"latent_size": 5, "hidden": [16, 8]},
     "vae-mlp": {"latent_size": 5, "hidden": [16, 8]},
     "original": {"latent_size": 5, "hidden": [16, 8]},

@@ -34,6 +34,7 @@ from ..training.dataset import VectorDataset, load_dataset
 from ..training.directions import report as directions_report
 from ..training.directions import space_directions
 from ..training.fit_basis import ITERATIONS, STANDARDISE, TOLERANCE, fit_coefficients
+from ..training.fit_curved import CurvedTraining, fit_curved
 from ..training.fit_delta import collection_coefficients
 from ..training.fit_flow import with_flow
 from ..training.fit_start import StartTraining
@@ -384,6 +385,8 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     }
     if args.codec == "pca":
         space = linear_space(coefficients, fitted, provenance=facts)
+    elif args.codec == "curved":
+        space = fit_curved(coefficients, fitted, _curved_settings(args), provenance=facts)
     else:
         space = fit_vae(
             coefficients,
@@ -473,6 +476,24 @@ def _settings(args: argparse.Namespace) -> VaeTraining:
     if args.codec == "original":
         return original_training(**changes)
     return VaeTraining(codec=args.codec, **changes)
+
+
+def _curved_settings(args: argparse.Namespace) -> CurvedTraining:
+    """What of a VAE's options means something to a map with one optimum; others are refused."""
+    known = {"latent": args.latent, "seed": args.seed}
+    others = {name: getattr(args, name) for name in HELP if name not in known}
+    if given := [n for n, v in {**others, "kl": args.kl}.items() if v is not None]:
+        raise ConfigError(
+            f"--codec curved has nothing to set by --{given[0].replace('_', '-')}: it is a least-squares fit whose "
+            "width and penalty are found on people who take no part. It takes --latent, --hidden M and --seed."
+        )
+    if args.hidden is not None:
+        if len(args.hidden) != 1:
+            raise ConfigError(
+                f"--hidden of --codec curved is one number, of centres. Got {args.hidden}."
+            )
+        known["centres"] = args.hidden[0]
+    return CurvedTraining(**{name: v for name, v in known.items() if v is not None})
 
 
 def _progress_bar() -> Callable[[Progress], None]:

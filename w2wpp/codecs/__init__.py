@@ -7,6 +7,7 @@ from typing import Any
 
 from ..errors import ConfigError
 from .base import Codec, Posterior
+from .curved import Curved
 from .original import Original
 from .original_residual import OriginalResidual
 from .pca import PCA
@@ -14,7 +15,9 @@ from .vae_mlp import MLPVAE
 from .vae_skip import SkipVAE
 
 DEEPEST, WIDEST = 100, 2**24  # layers and units; far beyond what anybody trains
-CODECS: dict[str, Any] = {c.name: c for c in (PCA, SkipVAE, MLPVAE, Original, OriginalResidual)}
+CODECS: dict[str, Any] = {
+    c.name: c for c in (PCA, Curved, SkipVAE, MLPVAE, Original, OriginalResidual)
+}
 OLDER_NAMES = {c.stored_name: name for name, c in CODECS.items() if c.stored_name}
 
 

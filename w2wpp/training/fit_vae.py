@@ -56,7 +56,7 @@ def fit_vae(
     training = training or VaeTraining()
     where: dict[str, Any] = {"compute": compute or Compute(), "ranks": ranks or current_ranks()}
     with explained(ADVICE):
-        coefficients = _coefficients(data, basis)
+        coefficients = coefficients_of(data, basis)
         return _fit(
             coefficients, basis, training, generator, callback, checkpoint, provenance, where
         )
@@ -87,7 +87,7 @@ def _fit(
     _drive(run, saved, callback, found)
     codec = run.finish()
     report = {**_vae_report(codec, coefficients, basis, run), "early_stopping": found}
-    return _space(codec, coefficients, basis, provenance, report)
+    return as_space(codec, coefficients, basis, provenance, report)
 
 
 def linear_space(
@@ -97,14 +97,19 @@ def linear_space(
     provenance: Mapping[str, Any] | None = None,
 ) -> Space:
     """The PCA space (w2w): latents are the whitened coefficients."""
-    coefficients = _coefficients(data, basis)
+    coefficients = coefficients_of(data, basis)
     sizes = {"coefficient_size": basis.n_components, "latent_size": basis.n_components}
     codec = build_codec({"name": "pca", **sizes})
-    splits = _splits(coefficients)
-    r2 = reconstruction_report(codec, coefficients, basis.singular_values, splits)
+    report = report_of(codec, coefficients, basis)
+    return as_space(codec, coefficients, basis, provenance, report)
+
+
+def report_of(codec: Codec, data: Coefficients, basis: SpaceBasis) -> dict[str, Any]:
+    """What is said of any codec: its size, on how many rows it was fitted, and how well it reconstructs them."""
+    splits = _splits(data)
+    r2 = reconstruction_report(codec, data, basis.singular_values, splits)
     rows = {name: len(r) for name, r in splits.items()}
-    report = {"codec": "pca", "latent_size": basis.n_components, "rows": rows, "weight_r2": r2}
-    return _space(codec, coefficients, basis, provenance, report)
+    return {"codec": codec.name, "latent_size": codec.latent_size, "rows": rows, "weight_r2": r2}
 
 
 def prior_of(posterior: Posterior) -> tuple[Tensor, Tensor]:
@@ -117,7 +122,8 @@ def prior_of(posterior: Posterior) -> tuple[Tensor, Tensor]:
     return posterior.mean.double().mean(0).float(), variance.sqrt().float()
 
 
-def _coefficients(data: VectorDataset | Coefficients, basis: SpaceBasis) -> Coefficients:
+def coefficients_of(data: VectorDataset | Coefficients, basis: SpaceBasis) -> Coefficients:
+    """The coefficients of a data set in a basis; given as such they are checked. Raises ShapeError or DataError."""
     if isinstance(data, VectorDataset):
         if isinstance(basis, DeltaBasis):
             raise ConfigError(
@@ -237,13 +243,14 @@ def _splits(data: Coefficients) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def _space(
+def as_space(
     codec: Codec,
     data: Coefficients,
     basis: SpaceBasis,
     provenance: Mapping[str, Any] | None,
     report: Mapping[str, Any],
 ) -> Space:
+    """A fitted codec as a space, with the prior of its training rows."""
     mean, std = prior_of(codec.encode(data.values[~data.heldout]))
     return Space(
         data.layout,
