@@ -13,8 +13,9 @@ from .. import w2wpp
 from ..w2wpp import inversion
 from ..w2wpp.diffusion.sampler import sample
 from .curve import draw_curve
-from .host import folders, tensors
+from .host import folders, framing, tensors
 from .host.denoiser import Denoiser, denoiser
+from .host.framing import crop_image, frame_pictures, framed_image, framed_preview
 from .host.model import noise_schedule, usual_size
 from .host.pictures import picture_latents
 from .host.plan import Plan, plan_run
@@ -148,6 +149,15 @@ class InvertFromImage(io.ComfyNode):
                     "on in ComfyUI's settings. 0 is never, -1 is eight times in all.",
                     **advanced(),
                 ),
+                io.Combo.Input(
+                    "framing",
+                    options=list(framing.FRAMINGS),
+                    default="auto",
+                    optional=True,
+                    tooltip="auto brings the person into the frame in which the space's people were photographed: "
+                    "from the mask, or else where a face is found. off takes the middle of the picture as it is.",
+                    **advanced(),
+                ),
             ],
             outputs=[
                 IdentitySocket.Output(
@@ -161,6 +171,11 @@ class InvertFromImage(io.ComfyNode):
                 io.String.Output(
                     display_name="report",
                     tooltip="What was done, on which device, how far the loss fell and why it stopped.",
+                ),
+                io.Image.Output(
+                    display_name="crop",
+                    tooltip="What of each picture was used, as the space's people were photographed; what does not "
+                    "count is grey.",
                 ),
             ],
             hidden=[io.Hidden.unique_id],
@@ -193,15 +208,17 @@ class InvertFromImage(io.ComfyNode):
         preview_every: int,
         mask=None,
         start=None,
+        framing: str = "auto",
     ) -> io.NodeOutput:
         with tensors.ordinary_tensors():
             pixels = resolution or usual_size(model)
-            pictures, weights = picture_latents(model, vae, image, mask, pixels)
+            framed = frame_pictures(space, image, mask, pixels, how=framing)
+            pictures, weights = picture_latents(model, vae, *framed_image(framed), pixels)
             session = inversion.session(
                 space,
                 pictures,
                 method,
-                faces=image[..., :3].movedim(-1, 1).float().clone() * 2 - 1,
+                faces=framed.pictures,
                 start=start and start.identity,
                 mask=weights,
                 seed=seed,
@@ -212,10 +229,12 @@ class InvertFromImage(io.ComfyNode):
                 pivotal=None if pivotal < 0 else pivotal,
             )
             watch = Watch(model, cls.hidden.unique_id)
+            watch.draw(framed_preview(image, framed))
             solution, report = _solve(session, model, positive, watch, preview_every)
         title = f"{inversion.OLDER_NAMES.get(method, method)}, {len(solution.history)} steps"
         curve = draw_curve(solution.history, title, comparable=not session.recipe.fresh)
-        return io.NodeOutput(People(solution.identity, space), curve, report)
+        report = "\n".join([report, *framed.remarks])
+        return io.NodeOutput(People(solution.identity, space), curve, report, crop_image(framed))
 
 
 def _solve(

@@ -15,7 +15,7 @@ FLOORS = (
     ("errors", "commands"),
     ("arrays", "bundle"),
     ("files", "metrics", "noise", "rates"),
-    ("lora.layout", "diffusion", "plots", "populations"),
+    ("lora.layout", "diffusion", "plots", "populations", "placement"),
     ("weight_metric",),
     ("basis",),
     ("codecs", "flow", "lora", "start_network"),

@@ -7,7 +7,8 @@ import torch
 
 from w2wpp import Basis, Layout, Module, Space, build_codec, load_space, save_space
 from w2wpp.errors import ConfigError, DataError, FormatError, ShapeError
-from w2wpp.spacefile import save_directions
+from w2wpp.placement import Frame
+from w2wpp.spacefile import save_directions, save_start
 from w2wpp.start_network import StartNetwork, build_start
 from w2wpp.training.fit_start import LabelMap, StartTraining, start_from_reader, train_reader
 
@@ -15,6 +16,7 @@ D = 3
 
 
 def make_space(start=None):
+    torch.manual_seed(1)
     layout = Layout("toy", "toy", (Module("a", 3, 2),), rank=1, alpha=1.0)
     v = torch.linalg.qr(torch.randn(layout.size, D)).Q.T
     basis = Basis(torch.zeros(layout.size), torch.ones(layout.size), v, torch.ones(D))
@@ -114,3 +116,38 @@ def test_answers_are_corrected_by_what_is_painted():
         answer.calibrated(painted[:3], read(painted[:3]))
     with pytest.raises(DataError, match="Paintings come with"):
         answer.calibrated(painted, read(painted)[:, :1])
+
+
+def test_a_start_that_locates_and_was_measured_comes_back_from_its_file(tmp_path):
+    torch.manual_seed(0)
+    sizes = {"size": 16, "width": 8, "features": 8}
+    start = StartNetwork(
+        D, **sizes, locator=sizes, measured=True, hides=True, verdict={"version": 1}
+    )
+    start = start.requires_grad_(False).eval()
+    frame = Frame(0.1, -0.2, 0.4, 0.5)
+    save_space(make_space(), tmp_path / "old.safetensors")
+    save_start(tmp_path / "old.safetensors", tmp_path / "new.safetensors", start, frame=frame)
+    space = load_space(tmp_path / "new.safetensors")
+    assert space.frame == frame and space.fingerprint == make_space().fingerprint
+    assert space.start.config == start.config
+    pictures = torch.rand(5, 3, 16, 16) * 2 - 1
+    for mine, theirs in zip(
+        vars(start.locate(pictures)).values(), vars(space.start.locate(pictures)).values()
+    ):
+        torch.testing.assert_close(mine, theirs, rtol=0.01, atol=0.01)
+    assert space.start.strangeness(space.start.describe(pictures)).shape == (5,)
+    save_space(space, tmp_path / "again.safetensors")
+    assert load_space(tmp_path / "again.safetensors").frame == frame
+    with pytest.raises(ConfigError, match="not taught to say where"):
+        make_network().locate(pictures)
+    with pytest.raises(ConfigError, match="was not measured"):
+        make_network().strangeness(torch.zeros(1, 8))
+
+
+def test_a_file_of_a_later_frame_is_refused_by_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(Frame, "VERSION", 2)
+    save_space(dataclasses.replace(make_space(), frame=Frame()), tmp_path / "late.safetensors")
+    monkeypatch.undo()
+    with pytest.raises(FormatError, match="frames of version 1, not 2"):
+        load_space(tmp_path / "late.safetensors")

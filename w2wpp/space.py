@@ -23,6 +23,7 @@ from .flow import Flow
 from .identity import Identity
 from .lora.layout import Layout
 from .noise import standard_normal
+from .placement import Frame
 from .start_network import StartNetwork
 
 SpaceBasis = AnyBasis | DeltaBasis
@@ -52,6 +53,7 @@ class Space:
     )  # attribute directions [d], standardised latents
     start: StartNetwork | None = None  # picture -> latent, the amortised start of an inversion
     flow: Flow | None = None  # standardised latents <-> N(0, I) where people are no Gaussian cloud
+    frame: Frame | None = None  # how its people were photographed, if that is known
 
     def __post_init__(self) -> None:
         if (self.layout.size, self.basis.n_components) != (
@@ -240,11 +242,11 @@ class Space:
         return moved.known_as(self.fingerprint)
 
     def with_(self, **changes: Any) -> Space:
-        """The same coordinates with another provenance, other directions or another start network.
+        """The same coordinates with another provenance, other directions, another start network or frame.
 
         The fingerprint stays, without reading any weights. Raises ConfigError for parts that coordinates depend on.
         """
-        beside = ("provenance", "directions", "start")
+        beside = ("provenance", "directions", "start", "frame")
         if wrong := sorted(changes.keys() - set(beside)):
             raise ConfigError(
                 f"What can change in a space without making it another one is {', '.join(beside)}. Got {wrong[0]}."

@@ -1,12 +1,16 @@
 """Space files: one safetensors that holds weights, standardisation, layout, architecture, version
 and provenance.
 
-    metadata   format "w2wpp.space", format_version "1" or "2", config (JSON: layout, basis, codec,
-    provenance, fingerprint; start if there is one) basis.*    mean, std [P]; components [K, P] half precision;
-    singular_values [K]   (none for an affine basis; of a delta basis, version 2: gram [N, N], gram_blocks,
-    ranks, scales [M, N], weights [N], mixing [K, N], singular_values [K], and delta.<module>.down [R, in]
-    and .up [R, out], half precision, all members side by side) codec.*    the codec's parameters, under their
-    own names prior.*    mean, std [d] direction.<name> [d] start.*    the start network's parameters, half precision
+    metadata          format "w2wpp.space", format_version "1" or "2", config (JSON: layout, basis, codec, provenance,
+                      fingerprint; start and frame if there are any)
+    basis.*           mean, std [P]; components [K, P] half precision; singular_values [K]   (none for an affine
+                      basis; of a delta basis, version 2: gram [N, N], gram_blocks, ranks, scales [M, N], weights [N],
+                      mixing [K, N], singular_values [K], and delta.<module>.down [R, in] and .up [R, out], half
+                      precision, all members side by side)
+    codec.*           the codec's parameters, under their own names
+    prior.*           mean, std [d]
+    direction.<name>  [d]
+    start.*           the start network's parameters, half precision
 
 A space is opened lazily: the header is read and checked, tensors stay in the file until they are
 used.
@@ -32,6 +36,7 @@ from .errors import ConfigError, FormatError, MissingFileError, SpaceMismatch, r
 from .files.container import Container, Streamed, open_container, write_container
 from .flow import Flow
 from .lora.layout import Layout
+from .placement import Frame
 from .space import Space, SpaceBasis, compact, fingerprint_of
 from .start_network import StartNetwork, build_start
 
@@ -55,6 +60,8 @@ def save_space(space: Space, path: str | os.PathLike[str]) -> None:
     if space.start is not None:
         config["start"] = space.start.config
         start = _start_tensors(space.start)
+    if space.frame is not None:
+        config["frame"] = space.frame.to_json()
     tensors: dict[str, Tensor | Streamed] = {**space.tensors(), **directions, **start}
     version = "1" if space.flow is None else "2"
     if isinstance(space.basis, DeltaBasis):
@@ -115,6 +122,7 @@ def _space(file: Container) -> Space:
         {name.removeprefix("direction."): _single(file, name) for name in found},
         _start(file, file.config["start"]) if "start" in file.config else None,
         _flow(file, file.config["flow"]) if "flow" in file.config else None,
+        Frame.from_json(file.config["frame"]) if "frame" in file.config else None,
     )
     return space.known_as(fingerprint)
 
@@ -140,16 +148,26 @@ def save_directions(
 
 
 def save_start(
-    source: str | os.PathLike[str], path: str | os.PathLike[str], start: StartNetwork
+    source: str | os.PathLike[str],
+    path: str | os.PathLike[str],
+    start: StartNetwork,
+    *,
+    frame: Frame | None = None,
 ) -> None:
-    """A copy of a space file with a start network, in place of the one it may have; the rest stays byte by byte."""
+    """A copy of a space file with a start network, in place of the one it may have, and with the frame if one is given.
+
+    The rest stays byte by byte.
+    """
     latent_size = load_space(source).latent_size
     if start.latent_size != latent_size:
         raise ConfigError(
             f"The latents of this space have {latent_size} dimensions, those of the start network {start.latent_size}."
         )
     file = open_container(source, FORMAT, versions=VERSIONS)
-    _rewrite(file, path, _start_tensors(start), {"start": start.config}, instead_of="start.")
+    facts: dict[str, Any] = {"start": start.config}
+    if frame is not None:
+        facts["frame"] = frame.to_json()
+    _rewrite(file, path, _start_tensors(start), facts, instead_of="start.")
 
 
 def same_coordinates(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> bool:

@@ -1,7 +1,8 @@
 """The amortised start: a small network from a picture to a latent, trained with a space and stored in its file.
 
 It costs one pass of its own and none of the UNet. An answer that is only a regression is shorter than real latents;
-calibration on paintings (`training.fit_start.LabelMap`) makes up for that, or by hand `scale`.
+calibration on paintings (`training.fit_start.LabelMap`) makes up for that, or by hand `scale`. One that was taught on
+moved pictures also says where the person is, and one that was measured tells pictures unlike those it was taught on.
 """
 
 from __future__ import annotations
@@ -14,44 +15,36 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import ConfigError, ShapeError
+from .placement import Sighting
+
+_SIZES = ("size", "width", "features")
+PLACE = 4  # numbers of a placement
+FARTHEST = (1.5, 1.5, 1.0, 1.0)  # what a locator answers at most: right, down, log scale, turn
+NEAREST = (-1.5, -1.5, -1.8, -1.0)
 
 
-class StartNetwork(nn.Module):
-    """Pictures [n, 3, H, W] in [-1, 1] -> latents [n, d]."""
-
-    scale: Tensor  # []
-    spread: (
-        Tensor  # [r, d] how latents move when a person differs by one std in what the network reads
-    )
+class PictureNetwork(nn.Module):
+    """Pictures [n, 3, H, W] in [-1, 1] -> answers [n, A]: convolutions, then places count."""
 
     def __init__(
-        self,
-        latent_size: int,
-        *,
-        rank: int = 0,
-        size: int = 32,
-        width: int = 32,
-        features: int = 128,
+        self, answers: int, *, size: int = 32, width: int = 32, features: int = 128
     ) -> None:
         super().__init__()
-        if size % 8 or width % 8 or min(size, width, features, latent_size) < 1:
+        if size % 8 or width % 8 or min(size, width, features, answers) < 1:
             raise ConfigError(
                 f"A start network's size and width are multiples of 8. Got {size=}, {width=}."
             )
-        self.latent_size, self.size, self.width, self.features = latent_size, size, width, features
+        self.size, self.width, self.features = size, width, features
         self.stem = nn.Conv2d(12, width, 3, padding=1)
         blocks = [_Block(width, 2 * width), _Block(2 * width, 3 * width)]
         self.blocks = nn.ModuleList(blocks)
         self.neck = nn.Linear(3 * width * (size // 8) ** 2, features)
-        self.head = nn.Linear(features, latent_size)
-        self.register_buffer("scale", torch.ones(()))
-        self.register_buffer("spread", torch.zeros(rank, latent_size))
+        self.head = nn.Linear(features, answers)
 
     @property
-    def config(self) -> dict[str, int]:
-        """What `build_start` needs to make this architecture again."""
-        sizes = {"latent_size": self.latent_size, "rank": len(self.spread), "size": self.size}
-        return {**sizes, "width": self.width, "features": self.features}
+    def sizes(self) -> dict[str, int]:
+        """What says how large it is."""
+        return {"size": self.size, "width": self.width, "features": self.features}
 
     def describe(self, pictures: Tensor) -> Tensor:
         """Pictures of any size -> features [n, F]."""
@@ -69,8 +62,87 @@ class StartNetwork(nn.Module):
         return F.silu(self.neck(hidden.flatten(1)))
 
     def forward(self, pictures: Tensor) -> Tensor:
+        """Pictures [n, 3, H, W] in [-1, 1] of any size -> [n, A]."""
+        return self.head(self.describe(pictures))
+
+
+class StartNetwork(PictureNetwork):
+    """Pictures [n, 3, H, W] in [-1, 1] -> latents [n, d]."""
+
+    scale: Tensor  # []
+    spread: (
+        Tensor  # [r, d] how latents move when a person differs by one std in what the network reads
+    )
+    centre: Tensor  # [F] mean features of pictures of people, if it was measured
+    whiten: Tensor  # [F, F] by which features less their mean become uncorrelated, of std 1
+
+    def __init__(
+        self,
+        latent_size: int,
+        *,
+        rank: int = 0,
+        size: int = 32,
+        width: int = 32,
+        features: int = 128,
+        locator: Mapping[str, int] | None = None,
+        measured: bool = False,
+        hides: bool = False,
+        verdict: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(latent_size, size=size, width=width, features=features)
+        self.latent_size = latent_size
+        self.register_buffer("scale", torch.ones(()))
+        self.register_buffer("spread", torch.zeros(rank, latent_size))
+        self.locator = None if locator is None else PictureNetwork(PLACE + 1, **locator)
+        self.measured, self.hides = measured, hides
+        self.verdict = None if verdict is None else dict(verdict)  # as `inversion.verdict` reads it
+        if measured:
+            self.register_buffer("centre", torch.zeros(features))
+            self.register_buffer("whiten", torch.eye(features))
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What `build_start` needs to make this architecture again."""
+        found: dict[str, Any] = {
+            "latent_size": self.latent_size, "rank": len(self.spread), **self.sizes
+        }  # fmt: skip
+        if self.locator is not None:
+            found["locator"] = self.locator.sizes
+        if self.measured:
+            found["measured"] = True
+        if self.hides:
+            found["hides"] = True
+        if self.verdict is not None:
+            found["verdict"] = self.verdict
+        return found
+
+    @property
+    def locates(self) -> bool:
+        """Whether it says where people are."""
+        return self.locator is not None
+
+    def forward(self, pictures: Tensor) -> Tensor:
         """Pictures [n, 3, H, W] in [-1, 1] of any size -> latents [n, d]."""
-        return self.head(self.describe(pictures)) * self.scale
+        return self.answer(self.describe(pictures))
+
+    def answer(self, features: Tensor) -> Tensor:
+        """Features [n, F] -> latents [n, d]."""
+        return self.head(features) * self.scale
+
+    def strangeness(self, features: Tensor) -> Tensor:
+        """How unlike pictures of people features [n, F] are: their Mahalanobis distance, about 1 for one [n]."""
+        if not self.measured:
+            raise ConfigError("This start network was not measured on pictures of people.")
+        return ((features - self.centre) @ self.whiten).square().mean(1).sqrt()
+
+    def locate(self, pictures: Tensor) -> Sighting:
+        """Squares [B, 3, S, S] in [-1, 1] -> where the frame of the space's pictures lies, and how sure that is."""
+        if self.locator is None:
+            raise ConfigError("This start network was not taught to say where people are.")
+        answer = self.locator(pictures)
+        place, logit = answer.split([PLACE, 1], dim=1)
+        low, high = (place.new_tensor(ends) for ends in (NEAREST, FARTHEST))
+        return Sighting(torch.minimum(torch.maximum(place, low), high), logit[:, 0].sigmoid())
 
 
 class _Block(nn.Module):
@@ -91,6 +163,18 @@ class _Block(nn.Module):
 
 
 def build_start(config: Mapping[str, Any]) -> StartNetwork:
-    """The network that a `config` describes."""
-    sizes = ("latent_size", "rank", "size", "width", "features")
-    return StartNetwork(**{key: int(config[key]) for key in sizes})
+    """The network that a `config` describes. Raises ConfigError for one that it does not."""
+    sizes = {key: int(config[key]) for key in ("latent_size", "rank", *_SIZES)}
+    locator, verdict = config.get("locator"), config.get("verdict")
+    for part, value in (("locator", locator), ("verdict", verdict)):
+        if value is not None and not isinstance(value, Mapping):
+            raise ConfigError(
+                f"the {part} of a start network is described by names. Got {value!r}."
+            )
+    return StartNetwork(
+        **sizes,
+        locator=None if locator is None else {key: int(locator[key]) for key in _SIZES},
+        measured=config.get("measured") is True,
+        hides=config.get("hides") is True,
+        verdict=verdict,
+    )

@@ -9,6 +9,7 @@ import comfy.model_management
 import comfy.utils
 import latent_preview
 import torch
+from PIL import Image
 from server import PromptServer
 
 
@@ -39,6 +40,11 @@ class Watch:
             preview = self._previewer.decode_latent_to_preview_image("JPEG", latents)
         self._bar.update_absolute(step, steps, preview)
         self.tell(text)
+
+    def draw(self, picture: Image.Image) -> None:
+        """Show a picture of one's own as the preview, if the user's settings ask for previews."""
+        if self._previewer is not None:
+            self._bar.update_absolute(0, 1, ("JPEG", picture, max(picture.size)))
 
     def tell(self, text: str) -> None:
         """Write on the node."""

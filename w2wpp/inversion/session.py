@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..diffusion.denoise import Denoise
@@ -98,20 +99,35 @@ def session(
         sees = faces is not None or start is not None  # else there is nothing to guess from
         recipe = recipe_for(space if sees else space.with_(start=None), recipe, start)
     if start is None:
-        start = start_from(space, faces, recipe.start)
+        start = start_from(space, faces, recipe.start, mask=mask)
     return Session(space, pictures, recipe.adjusted(**changes), start, mask, seed)
 
 
-def start_from(space: Space, faces: Tensor | None, kind: str = "amortised") -> Identity | None:
-    """Where an inversion starts: each person's guess, the mean over their pictures; none is the average person.
+def start_from(
+    space: Space, faces: Tensor | None, kind: str = "amortised", *, mask: Tensor | None = None
+) -> Identity | None:
+    """Where an inversion starts: each person's guess, from all of their pictures; none is the average person.
 
-    faces [n, 3, h, w] of one person or [B, n, 3, h, w] of B, in [-1, 1].
+    faces [n, 3, h, w] of one person or [B, n, 3, h, w] of B, in [-1, 1], with a mask of any size [n or 1, 1, ...] or
+    [B, n or 1, 1, ...]: a network that was taught with hidden pixels sees grey where it is black.
     """
     if kind not in ("amortised", "mean"):
         raise ConfigError(f"An inversion starts at 'amortised' or 'mean'. Got {kind!r}.")
     if kind == "mean" or space.start is None or faces is None:
         return None
     people = faces[None] if faces.ndim == 4 else faces
+    if mask is not None and space.start.hides:
+        people = _hidden(people, mask)
     guessed = space.start_from(people.flatten(0, 1))
     z = guessed.z.unflatten(0, people.shape[:2]).mean(1)
     return replace(guessed, z=z)
+
+
+def _hidden(people: Tensor, mask: Tensor) -> Tensor:
+    """Pictures [B, n, 3, h, w] that are grey where masks are black."""
+    mask = (mask[None] if mask.ndim == 4 else mask).to(people)
+    times, size = mask.shape[:2], people.shape[-2:]
+    flat = mask.flatten(0, 1)
+    if flat.shape[-2:] != size:
+        flat = F.interpolate(flat, size, mode="bilinear")
+    return people * flat.clamp(0, 1).unflatten(0, times)
