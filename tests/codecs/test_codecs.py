@@ -15,6 +15,7 @@ CONFIGS = {
     "vae-mlp": {"latent_size": 5, "hidden": [16, 8]},
     "original": {"latent_size": 5, "hidden": [16, 8]},
     "original-residual": {"latent_size": 5, "hidden": [16, 16]},
+    "tokens": {"latent_size": 5, "hidden": [8, 8], "segments": [3, 5, 4]},
 }
 
 
@@ -100,6 +101,38 @@ def test_skip_starts_exactly_at_pca():
     truncated = torch.cat([c[:, :5], torch.zeros(7, K - 5)], 1)
     assert torch.equal(posterior.mean, c[:, :5])
     assert torch.equal(codec.decode(posterior.mean), truncated)
+
+
+def test_tokens_start_at_pca_of_raw_numbers():
+    g = torch.Generator().manual_seed(0)
+    c = 3 + torch.randn(40, 5, generator=g) @ torch.randn(5, K, generator=g)
+    codec = build_codec({"name": "tokens", "coefficient_size": K, **CONFIGS["tokens"]}).eval()
+    codec.learn_from(c)
+    posterior = codec.encode(c)
+    assert torch.allclose(codec.decode(posterior.mean), c, atol=1e-3)
+    assert torch.allclose(posterior.mean.square().mean(0), torch.ones(5), atol=1e-3)
+
+
+def test_tokens_attend_to_each_other():
+    """What one module holds moves what is written of all."""
+    torch.manual_seed(0)
+    codec = build_codec({"name": "tokens", "coefficient_size": K, **CONFIGS["tokens"]}).eval()
+    with torch.no_grad():
+        for p in codec.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+        codec.encoder_linear.weight.zero_()
+    c = torch.zeros(1, K, requires_grad=True)
+    (codec.decode(codec.encode(c).mean)[0, :3].sum()).backward()
+    assert all(part.abs().sum() > 0 for part in c.grad.split([3, 5, 4], dim=1))
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [({"segments": [3, 5, 5]}, "add up to K"), ({"hidden": [6, 6]}, "multiple of 4")],
+)
+def test_tokens_that_do_not_fit_are_refused(options, match):
+    with pytest.raises(ConfigError, match=match):
+        build_codec({"name": "tokens", "coefficient_size": K, **CONFIGS["tokens"], **options})
 
 
 def test_skip_starts_at_the_best_variance_of_a_linear_codec():

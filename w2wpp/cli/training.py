@@ -65,6 +65,7 @@ HELP = {  # options of `train` that set a field of VaeTraining of the same name
     "input_noise": "std of noise on the coefficients",
     "beta": "final weight of the KL term",
     "warmup": "epochs of KL annealing",
+    "adversarial": "weight of a discriminator between true and made rows",
     "free_bits": "nats per latent unit without cost",
     "validation": "share of the training persons for early stopping",
     "patience": "epochs without a better value, 0 for no early stop",

@@ -11,12 +11,13 @@ from .curved import Curved
 from .original import Original
 from .original_residual import OriginalResidual
 from .pca import PCA
+from .tokens import Tokens
 from .vae_mlp import MLPVAE
 from .vae_skip import SkipVAE
 
 DEEPEST, WIDEST = 100, 2**24  # layers and units; far beyond what anybody trains
 CODECS: dict[str, Any] = {
-    c.name: c for c in (PCA, Curved, SkipVAE, MLPVAE, Original, OriginalResidual)
+    c.name: c for c in (PCA, Curved, SkipVAE, MLPVAE, Original, OriginalResidual, Tokens)
 }
 OLDER_NAMES = {c.stored_name: name for name, c in CODECS.items() if c.stored_name}
 

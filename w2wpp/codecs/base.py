@@ -100,6 +100,9 @@ class Codec(nn.Module):
     def adapt(self, singular_values: Tensor, weight: Tensor, beta: float) -> None:
         """Before training: fit fixed parts to the scales [K], the loss's weights [K] and beta."""
 
+    def learn_from(self, c: Tensor) -> None:
+        """Before training, after `adapt`: begin at what the training rows c [n, K] tell in closed form."""
+
     def draw_from(self, generator: torch.Generator | None) -> None:
         """Let everything random in training come from a generator (None: the global one again)."""
         for module in self.modules():

@@ -35,6 +35,7 @@ class VaeTraining:
     kl: str = "linear"  # annealing: off, linear, cyclical, sigmoid or original
     beta: float = 1e-3  # final weight of the KL term
     warmup: float = 40.0  # epochs of annealing, where the schedule has any
+    adversarial: float = 0.0  # weight of a discriminator's judgement, of rows rebuilt and drawn
     free_bits: float = 0.0  # nats per latent dimension that cost nothing (Kingma et al. 2016)
     # Share of the training persons on whom the best number of epochs is sought, before all of
     # them train the codec for as long; 0 to run all epochs at once.
@@ -61,6 +62,7 @@ class VaeTraining:
             "weight_decay": self.weight_decay,
             "input_noise": self.input_noise,
             "beta": self.beta,
+            "adversarial": self.adversarial,
             "free_bits": self.free_bits,
             "patience": self.patience,
         }

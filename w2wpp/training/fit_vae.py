@@ -26,6 +26,7 @@ from .coefficients import Coefficients, components_among, project_dataset
 from .compute import Compute, explained
 from .config import VaeTraining
 from .dataset import VectorDataset, holdout_by_identity
+from .output_term import OutputTerm
 from .ranks import Ranks, current_ranks
 from .report import latent_report, pca_report, reconstruction_report, thinned
 from .run import Progress, Run
@@ -46,19 +47,30 @@ def fit_vae(
     provenance: Mapping[str, Any] | None = None,
     compute: Compute | None = None,
     ranks: Ranks | None = None,
+    outputs: OutputTerm | None = None,
 ) -> Space:
     """Train a codec on the training rows; its report is provenance["training_report"].
 
     All randomness comes from the generator (by default one seeded with training.seed). With a
     checkpoint path the run is saved there now and then, and taken up again if the file exists;
     the result is the same as without the break. Under `torchrun` ranks share every minibatch.
+    ``outputs`` adds what the model does under decoded LoRAs to the loss, once the number of epochs is known; its
+    vectors are those of the training rows.
     """
     training = training or VaeTraining()
     where: dict[str, Any] = {"compute": compute or Compute(), "ranks": ranks or current_ranks()}
     with explained(ADVICE):
         coefficients = coefficients_of(data, basis)
         return _fit(
-            coefficients, basis, training, generator, callback, checkpoint, provenance, where
+            coefficients,
+            basis,
+            training,
+            generator,
+            callback,
+            checkpoint,
+            provenance,
+            where,
+            outputs,
         )
 
 
@@ -70,11 +82,19 @@ def _fit(
     callback: Callback | None,
     checkpoint: str | os.PathLike[str] | None,
     provenance: Mapping[str, Any] | None,
-    where: Mapping[str, Any],
+    where: dict[str, Any],
+    outputs: OutputTerm | None,
 ) -> Space:
+    if training.codec == "tokens":
+        where["segments"] = [up.stop - down.start for _, down, up in coefficients.layout.slices()]
+    if outputs is not None and len(outputs.vectors) != int((~coefficients.heldout).sum()):
+        raise ShapeError(
+            "A term on outputs needs the vectors [n, P] of all training rows. Got "
+            f"{list(outputs.vectors.shape)} for {int((~coefficients.heldout).sum())} rows."
+        )
     generator = generator or torch.Generator().manual_seed(training.seed)
     seed = int(torch.randint(2**62, (), generator=generator))
-    saved = _Checkpoint(checkpoint, _digest(coefficients, training, seed))
+    saved = _Checkpoint(checkpoint, _digest(coefficients, training, seed, outputs))
     rows = torch.nonzero(~coefficients.heldout).flatten()
     found = saved.search
     if training.validation and not found:
@@ -83,10 +103,21 @@ def _fit(
         )
     epochs = found.get("best_epoch", training.epochs)
     c = coefficients.values[rows]
-    run = Run("final", training, c, basis.singular_values, seed=seed, epochs=epochs, **where)
+    run = Run(
+        "final",
+        training,
+        c,
+        basis.singular_values,
+        seed=seed,
+        epochs=epochs,
+        outputs=outputs,
+        **where,
+    )
     _drive(run, saved, callback, found)
     codec = run.finish()
     report = {**_vae_report(codec, coefficients, basis, run), "early_stopping": found}
+    if outputs is not None:
+        report["outputs"] = outputs.config()
     return as_space(codec, coefficients, basis, provenance, report)
 
 
@@ -262,9 +293,13 @@ def as_space(
     )
 
 
-def _digest(data: Coefficients, training: VaeTraining, seed: int) -> str:
+def _digest(
+    data: Coefficients, training: VaeTraining, seed: int, outputs: OutputTerm | None
+) -> str:
     """Names a run: settings and data. A checkpoint of another run must not be taken up."""
     digest = hashlib.sha256(repr((training, seed)).encode())
+    if outputs is not None:
+        digest.update(repr(outputs.config()).encode())
     for t in (data.values, data.heldout, data.identity):
         digest.update(t.contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()

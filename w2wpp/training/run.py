@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from ..codecs import Codec, Posterior, build_codec
 from ..errors import ConfigError, DataError
 from ..rates import half_cosine
+from .adversary import Adversary
 from .compute import Compute
 from .config import VaeTraining
+from .output_term import OutputTerm
 from .ranks import Ranks
 from .schedules import kl_schedule
 
@@ -53,6 +55,8 @@ class Run:
         epochs: int | None = None,
         compute: Compute | None = None,
         ranks: Ranks | None = None,
+        segments: Sequence[int] = (),
+        outputs: OutputTerm | None = None,
     ) -> None:
         self.compute, self.ranks = compute or Compute(), ranks or Ranks()
         device = self.compute.device
@@ -69,8 +73,15 @@ class Run:
         if device.type != "cpu":
             self.noise = torch.Generator(device).manual_seed(seed)
         self.weight = self._weight(singular_values)  # [K], of squared errors of coefficients
+        if self.ranks.size > 1 and (training.adversarial or outputs is not None):
+            raise ConfigError(
+                "A discriminator and a term on the model's outputs train in one process. Start without torchrun."
+            )
+        self.segments, self.outputs = segments, outputs
         self.codec = self._build_codec().to(device)
         self.codec.adapt(singular_values, self.weight, training.beta)
+        self.codec.learn_from(c)
+        self.adversary = self._build_adversary()
         self.codec.draw_from(self.noise)
         self.step = _shared(_Step(self.codec), self.compute, self.ranks)
         self.schedule = kl_schedule(
@@ -152,6 +163,10 @@ class Run:
         tensors = {f"weights.{k}": v.detach() for k, v in self.codec.state_dict().items()}
         for i, slots in self.optimiser.state_dict()["state"].items():
             tensors.update({f"optimiser.{i}.{k}": v for k, v in slots.items()})
+        if self.adversary is not None:
+            tensors.update({f"adversary.{k}": v for k, v in self.adversary.state_dict().items()})
+            for i, slots in self.adversary.optimiser.state_dict()["state"].items():
+                tensors.update({f"opponent.{i}.{k}": v for k, v in slots.items()})
         tensors["generator"] = self.generator.get_state()
         tensors["noise"] = self.noise.get_state()
         names = ("epoch", "best", "best_epoch", "history")
@@ -161,11 +176,10 @@ class Run:
     def load(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
         """Go on from what `state` gave."""
         self.codec.load_state_dict(_under("weights.", tensors))
-        slots: dict[int, dict[str, Tensor]] = {}
-        for key, t in _under("optimiser.", tensors).items():
-            i, name = key.split(".", 1)
-            slots.setdefault(int(i), {})[name] = t
-        self.optimiser.load_state_dict({**self.optimiser.state_dict(), "state": slots})
+        _load_slots(self.optimiser, _under("optimiser.", tensors))
+        if self.adversary is not None:
+            self.adversary.load_state_dict(_under("adversary.", tensors))
+            _load_slots(self.adversary.optimiser, _under("opponent.", tensors))
         self.generator.set_state(tensors["generator"])
         if self.noise is not self.generator:
             self.noise.set_state(tensors["noise"])
@@ -190,6 +204,13 @@ class Run:
         reconstruction = self._reconstruction(c, decoded.float(), n)
         kl = posterior.kl().sum(0) / n  # [d]
         loss = reconstruction + self.schedule(epoch) * self._floored(kl)
+        if self.outputs is not None:
+            loss = loss + self.outputs(self.codec.decode(mean), rows, self.generator)
+        if self.adversary is not None:
+            drawn = self.codec.decode(self._draw(n, t.latent))
+            made = torch.cat([decoded, drawn]).float()
+            self.adversary.learn(c, made)
+            loss = loss + t.adversarial * self.adversary.cost(made)
         self.optimiser.zero_grad(set_to_none=True)
         (loss * self.ranks.size).backward()  # what is shared of gradients is their mean
         self.optimiser.step()
@@ -225,10 +246,19 @@ class Run:
             options["hidden"] = list(t.hidden)
         if t.dropout:
             options["dropout"] = t.dropout
+        if t.codec == "tokens":
+            options["segments"] = list(self.segments)
         # Layers draw their first weights from the global generator.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(torch.randint(2**62, (), generator=self.generator)))
             return build_codec({"name": t.codec, **options})
+
+    def _build_adversary(self) -> Adversary | None:
+        if not self.training.adversarial:
+            return None
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(torch.randint(2**62, (), generator=self.generator)))
+            return Adversary(self.c, lr=self.training.lr).to(self.c.device)
 
     def _build_optimiser(self) -> torch.optim.Optimizer:
         decayed = [p for p in self.codec.parameters() if p.ndim > 1]
@@ -259,6 +289,15 @@ def _shared(step: _Step, compute: Compute, ranks: Ranks) -> nn.Module:
         return step
     devices = [compute.device] if compute.device.type == "cuda" else None
     return nn.parallel.DistributedDataParallel(step, device_ids=devices)
+
+
+def _load_slots(optimiser: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """What an optimiser keeps of each parameter, from keys "0.exp_avg" and the like."""
+    slots: dict[int, dict[str, Tensor]] = {}
+    for key, t in tensors.items():
+        i, name = key.split(".", 1)
+        slots.setdefault(int(i), {})[name] = t
+    optimiser.load_state_dict({**optimiser.state_dict(), "state": slots})
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
