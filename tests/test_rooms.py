@@ -19,7 +19,7 @@ FLOORS = (
     ("weight_metric",),
     ("basis",),
     ("codecs", "flow", "lora", "start_network"),
-    ("identity", "delta_basis"),
+    ("identity", "delta_basis", "evidence"),
     ("space",),
     ("encode_delta", "mixtures"),
     ("spacefile", "edits", "encode", "export", "attributes", "family", "mix"),

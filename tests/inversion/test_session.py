@@ -108,3 +108,36 @@ def test_recipes_know_what_their_optimiser_needs(method):
         assert recipe.adjusted(pivotal=0.5).gradients
         assert recipe.fresh == recipe.objective.get("fresh", False)
         assert recipe.draws == recipe.objective["draws"]
+
+
+def test_the_gain_is_what_a_person_spares_of_the_average_ones_loss(space):
+    made = session(space, PICTURES[:, None], SHORT)
+    found = made.solve(denoise, SCHEDULE).identity
+    gains = made.gain(denoise, SCHEDULE, found)
+    assert len(gains) == 2
+    average = Identity(torch.zeros(1, D), space.fingerprint)
+    assert made.gain(denoise, SCHEDULE, average) == pytest.approx([0, 0])
+    better = made.gain(
+        denoise,
+        SCHEDULE,
+        session(space, PICTURES[:, None], replace(SHORT, steps=60))
+        .solve(denoise, SCHEDULE)
+        .identity,
+    )
+    assert all(b > g for b, g in zip(better, gains)) and min(better) > 0
+
+
+def test_masked_pixels_are_hidden_from_a_start_that_was_taught_so(space):
+    mask = torch.ones(1, 1, 4, 4)
+    mask[..., :2] = 0
+    painted_over = PICTURES.clone()
+    painted_over[..., :3] = 9.0  # under the mask, but for where its edge is blended
+    taught = StartNetwork(D, size=8, width=8, features=8, hides=True).eval()
+    taught.load_state_dict(space.start.state_dict())
+    for start, alike in ((taught, True), (space.start, False)):
+        here = replace(space, start=start)
+        one, other = (
+            session(here, PICTURES, SHORT, faces=faces, mask=mask).start.z
+            for faces in (PICTURES, painted_over)
+        )
+        assert torch.allclose(one, other, atol=1e-5) == alike

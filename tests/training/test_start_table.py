@@ -149,3 +149,38 @@ def test_paintings_correct_the_answers(world, capsys):
     )
     assert fit(folder, *painted) == 1
     assert "holds 60 identities" in capsys.readouterr().err
+
+
+def test_paintings_alone_are_enough(world, capsys):
+    folder, traits = world
+    space, data = (
+        load_space(folder / "space.safetensors"),
+        load_dataset(folder / "data.safetensors"),
+    )
+    drawn = space.sample(120, generator=torch.Generator().manual_seed(4))
+    save_identity(drawn, folder / "drawn.safetensors")
+    with torch.no_grad():
+        z = space.encode(data.vectors()).mean
+    seen = (drawn.z @ torch.linalg.lstsq(z, traits[:PEOPLE]).solution).clamp(-1, 1)
+    lines = ["picture,identity,index"]
+    for i, (red, green) in enumerate(seen.tolist()):
+        for scene in range(1 + (i > 0)):  # of the first there is one only
+            save_tint(folder / f"own-{i}-{scene}.png", red, green)
+            lines.append(f"own-{i}-{scene}.png,drawn.safetensors,{i}")
+    (folder / "painted.csv").write_text("\n".join(lines), encoding="utf-8")
+    common = ["fit-start", str(folder / "space.safetensors"), "--steps", "80", "--size", "8"]
+    common += ["--width", "8", "--json", "-o", str(folder / "alone.safetensors")]
+    assert main([*common, "--painted", str(folder / "painted.csv")]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["people"] + report["kept_apart"] == report["paintings"] == 120
+    learned = load_space(folder / "alone.safetensors")
+    assert learned.fingerprint == space.fingerprint and learned.frame is not None
+    assert learned.start.locates and learned.start.verdict
+    pictures = torch.cat([seen, torch.zeros(120, 1)], 1)[:, :, None, None].expand(-1, -1, 8, 8)
+    answers = learned.start_from(pictures).z
+    assert float(torch.nn.functional.cosine_similarity(answers, drawn.z).mean()) > 0.8
+
+    assert main(common) == 1
+    assert "--painted" in capsys.readouterr().err
+    assert main([*common[:2], str(folder / "painted.csv"), *common[2:]]) == 1
+    assert "--data" in capsys.readouterr().err

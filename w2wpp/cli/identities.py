@@ -224,6 +224,10 @@ def _space_info(path: str) -> dict[str, Any]:
         "components": space.basis.n_components,
         "latent_size": space.latent_size,
         "directions": sorted(space.directions),
+        "start": None
+        if space.start is None
+        else {**space.start.config, "verdict": bool(space.start.verdict)},
+        "frame": None if space.frame is None else space.frame.to_json(),
         "training": without_curves(space.training_report),
         "origin": space.provenance.get("data", {}),
     }

@@ -37,6 +37,8 @@ from ..training.fit_basis import ITERATIONS, STANDARDISE, TOLERANCE, fit_coeffic
 from ..training.fit_curved import CurvedTraining, fit_curved
 from ..training.fit_delta import collection_coefficients
 from ..training.fit_flow import with_flow
+from ..training.fit_locator import LocatorTraining
+from ..training.fit_paintings import PaintingsTraining
 from ..training.fit_start import StartTraining
 from ..training.fit_vae import fit_vae, linear_space
 from ..training.gather import Losses, gather_loras, public
@@ -47,7 +49,7 @@ from ..training.schedules import OLDER_NAMES as OLDER_SCHEDULES
 from ..training.schedules import SCHEDULES
 from ..training.sketch import NAME as FUNCTIONAL
 from ..training.sketch import functional_metric, load_sketch
-from ..training.start_table import fit_start_table
+from ..training.start_table import fit_start_paintings, fit_start_table
 from ..training.synthetic import STATEMENT, write_synthetic
 from ..weight_metric import METRICS, Metric
 from .identities import is_stated
@@ -226,17 +228,27 @@ def _register_directions(verbs: Any) -> None:
 def _register_fit_start(verbs: Any) -> None:
     p = verbs.add_parser("fit-start", help="train the network that starts inversions in a space")
     p.add_argument("space", metavar="SPACE")
-    p.add_argument("table", metavar="CSV", help="columns picture, person, and labels if there are")
-    p.add_argument("--data", required=True, help="the data set of the LoRAs that the space is from")
+    p.add_argument(
+        "table",
+        nargs="?",
+        metavar="CSV",
+        help="columns picture, person, and labels if there are; without it, from --painted alone",
+    )
+    p.add_argument("--data", help="with CSV: the data set of the LoRAs that the space is from")
     p.add_argument(
         "--painted",
         metavar="CSV",
         help="columns picture, identity, index: pictures painted with the index-th identity of a file",
     )
-    p.add_argument("--steps", type=int, default=StartTraining.steps)
+    p.add_argument(
+        "--steps",
+        type=int,
+        help=f"default {StartTraining.steps}, from paintings alone {PaintingsTraining.steps}",
+    )
     p.add_argument("--size", type=int, default=64, help="pictures are scaled to this (default 64)")
     p.add_argument("--width", type=int, default=StartTraining.width, help="channels")
     p.add_argument("--seed", type=int, default=StartTraining.seed)
+    p.add_argument("--batch", type=int, default=64, help="from paintings alone (default 64)")
     p.add_argument(
         "--scale", type=float, default=1.0, help="above 1: answers further from the mean person"
     )
@@ -247,8 +259,19 @@ def _register_fit_start(verbs: Any) -> None:
 
 def fit_start(args: argparse.Namespace) -> dict[str, Any]:
     """`w2wpp fit-start`"""
-    config = StartTraining(seed=args.seed, steps=args.steps, size=args.size, width=args.width)
     output = args.output or args.space
+    if args.table is None:
+        return {"space": str(output), **_fit_start_alone(args, output)}
+    if args.data is None:
+        raise ConfigError(
+            f"{args.table} names people: name the data set of their LoRAs with --data."
+        )
+    config = StartTraining(
+        seed=args.seed,
+        steps=StartTraining.steps if args.steps is None else args.steps,
+        size=args.size,
+        width=args.width,
+    )
     report = fit_start_table(
         args.space,
         args.table,
@@ -261,6 +284,29 @@ def fit_start(args: argparse.Namespace) -> dict[str, Any]:
         callback=log,
     )
     return {"space": str(output), **report}
+
+
+def _fit_start_alone(args: argparse.Namespace, output: str) -> dict[str, Any]:
+    if args.painted is None:
+        raise ConfigError(
+            "A start network learns from a table of pictures (CSV and --data), or from paintings of the space's own "
+            "identities (--painted)."
+        )
+    sizes = {"size": args.size, "width": args.width}
+    steps = PaintingsTraining.steps if args.steps is None else args.steps
+    locator = LocatorTraining(seed=args.seed + 1, steps=steps, batch=args.batch, **sizes)
+    config = PaintingsTraining(
+        seed=args.seed, steps=steps, batch=args.batch, locator=locator, **sizes
+    )
+
+    def told(done: int, of: int, line: str) -> None:
+        if done % 100 == 0 or done == of:
+            log(f"{line} of {of}")
+
+    compute = Compute.pick(args.device, "fp32" if args.precision == "auto" else args.precision)
+    return fit_start_paintings(
+        args.space, args.painted, output, config=config, compute=compute, callback=told
+    )
 
 
 def directions(args: argparse.Namespace) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from .driver import invert
 from .objective import Objective
 from .recipes import Recipe, recipe_for
 from .solution import Callback, Solution
+from .verdict import confidences
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,6 +78,37 @@ class Session:
             checkpoint=checkpoint,
         )
 
+    def gain(
+        self,
+        denoise: Denoise,
+        schedule: NoiseSchedule,
+        found: Identity,
+        *,
+        draws: int = 8,
+        micro_batch: int | None = None,
+    ) -> list[float]:
+        """Of the average person's loss, the share that the person found is spared, for each of B people.
+
+        Both are seen under the same noise, in twice as many evaluations as there are draws.
+        """
+        objective = Objective(
+            self.space,
+            self.pictures,
+            denoise,
+            schedule,
+            seed=self.seed,
+            mask=self.mask,
+            micro_batch=micro_batch,
+            **{**self.recipe.objective, "prior": 0.0},
+        )
+        draw, device = objective.evaluation(draws), self.space.prior_mean.device
+        z = found.z.to(device).expand(objective.people, -1)
+        residual = None if found.residual is None else found.residual.to(device)
+        with torch.no_grad():
+            average = objective.loss(torch.zeros_like(z), None, draw)
+            loss = objective.loss(z, residual, draw)
+        return (1 - loss / average).tolist()
+
 
 def session(
     space: Space,
@@ -108,6 +140,8 @@ def start_from(
 ) -> Identity | None:
     """Where an inversion starts: each person's guess, from all of their pictures; none is the average person.
 
+    Pictures count as much as they can be trusted, where a network was taught to tell.
+
     faces [n, 3, h, w] of one person or [B, n, 3, h, w] of B, in [-1, 1], with a mask of any size [n or 1, 1, ...] or
     [B, n or 1, 1, ...]: a network that was taught with hidden pixels sees grey where it is black.
     """
@@ -118,9 +152,16 @@ def start_from(
     people = faces[None] if faces.ndim == 4 else faces
     if mask is not None and space.start.hides:
         people = _hidden(people, mask)
-    guessed = space.start_from(people.flatten(0, 1))
-    z = guessed.z.unflatten(0, people.shape[:2]).mean(1)
-    return replace(guessed, z=z)
+    flat = people.flatten(0, 1)
+    guessed = space.start_from(flat)
+    z = guessed.z.unflatten(0, people.shape[:2])  # [B, n, d]
+    if people.shape[1] == 1:
+        return replace(guessed, z=z[:, 0])
+    # Answers are linear in features, so that a mean of answers is the answer to pooled features.
+    sure = confidences(space.start, flat.to(space.prior_mean))
+    weights = torch.ones(z.shape[:2]) if sure is None else sure.unflatten(0, z.shape[:2])
+    weights = (weights / weights.sum(1, keepdim=True)).to(z)
+    return replace(guessed, z=(weights[..., None] * z).sum(1))
 
 
 def _hidden(people: Tensor, mask: Tensor) -> Tensor:

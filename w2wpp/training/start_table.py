@@ -6,7 +6,8 @@ face. A picture without a person needs labels. Without label columns the network
 the people who have a LoRA.
 
 Pictures painted with identities of the space (`--painted`, columns `picture`, `identity`, `index`) correct the answers
-by how strongly latents show; without them, `--scale` can lengthen answers by hand.
+by how strongly latents show; without them, `--scale` can lengthen answers by hand. Without a table the network learns
+from such paintings alone: no labels, no photographs (`fit_paintings`).
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from ..start_network import StartNetwork
 from .compute import Compute
 from .dataset import VectorDataset, load_dataset
 from .directions import encode_rows
+from .fit_paintings import PaintedPeople, PaintingsTraining, fit_paintings
 from .fit_start import (
     LabelMap,
     StartTraining,
@@ -130,6 +132,38 @@ def fit_start_table(
             "heldout_cosine": round(float(F.cosine_similarity(truth, answers).mean()), 4),
         }
     return report
+
+
+def fit_start_paintings(
+    space_path: str | os.PathLike[str],
+    painted: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    config: PaintingsTraining,
+    compute: Compute | None = None,
+    callback: Callable[[int, int, str], None] = lambda done, of, line: None,
+) -> dict[str, Any]:
+    """Train a start network from paintings of the space's own identities alone, into a copy of a space file or itself.
+
+    Of everybody as many paintings count as there are of the person with the fewest. Returns what was learned from, and
+    how well people are answered whose paintings were kept apart.
+    """
+    space = load_space(space_path)
+    people = _by_person(read_painted(Path(painted), space), config.size)
+    start, frame, report = fit_paintings(people, config, compute=compute, callback=callback)
+    save_start(space_path, output, start, frame=frame)
+    return report
+
+
+def _by_person(paintings: Paintings, size: int) -> PaintedPeople:
+    rows: dict[bytes, list[int]] = {}
+    for i, z in enumerate(paintings.z):
+        rows.setdefault(z.numpy().tobytes(), []).append(i)
+    fewest = min(map(len, rows.values()))
+    chosen = [i for own in rows.values() for i in own[:fewest]]
+    bank = _bank([paintings.pictures[i] for i in chosen], size)
+    firsts = torch.tensor([own[0] for own in rows.values()])
+    return PaintedPeople(paintings.z[firsts], bank.unflatten(0, (len(rows), fewest)))
 
 
 def read_table(path: Path, dataset: VectorDataset) -> PictureTable:
