@@ -12,6 +12,7 @@ from w2wpp import (
     ConfigError,
     DataError,
     FormatError,
+    Identity,
     LayoutMismatch,
     encode_lora,
     load_space,
@@ -535,3 +536,33 @@ def test_pickled_and_copied_it_needs_no_file(made, tmp_path):
         assert torch.equal(other.decode(z), expected) and other.fingerprint == space.fingerprint
         torch.testing.assert_close(other.encode(expected).mean, z, atol=1e-4, rtol=0)
     assert "7 members" in repr(space.basis)
+
+
+def test_what_a_cut_to_the_layouts_rank_keeps_counts_the_residual_too(loras, make_space):
+    space, _ = fit_delta(members_of(loras), CollectionSettings(rank=3))
+    z = torch.randn(1, space.latent_size, generator=generator(7))
+    residual = 2 * torch.randn(1, space.basis.n_components, generator=generator(8))
+    c = z * space.prior_std + space.prior_mean
+    for rest, whole in ((None, c), (residual, c + residual)):
+        identity = Identity(z, space.fingerprint, rest)
+        w = space.decode(z, rest)
+        expected = float(space.basis.kept_energy(whole, w)[0])
+        assert space.kept_energy(identity, w) == expected and 0 < expected < 1
+    plain = make_space("pca")
+    who = plain.sample(1, generator=generator())
+    assert plain.kept_energy(who, who.vectors(plain)) is None
+
+
+def test_numbers_of_factors_are_not_compared_and_components_are_cut_from_the_end(made):
+    space, _ = made
+    with pytest.raises(ConfigError, match="compares updates"):
+        space.basis.standardise(torch.zeros(1, space.layout.size))
+    k = space.basis.n_components
+    few = space.basis.truncated(2)
+    c = torch.randn(1, 2, generator=generator(4))
+    padded = torch.nn.functional.pad(c, (0, k - 2))
+    torch.testing.assert_close(few.shares(c), space.basis.shares(padded))
+    for wrong in (0, k + 1):
+        with pytest.raises(ConfigError, match=f"truncated to {wrong}"):
+            space.basis.truncated(wrong)
+    assert space.basis.truncated(k).n_components == k

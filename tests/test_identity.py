@@ -15,6 +15,7 @@ from w2wpp import (
     save_identity,
 )
 from w2wpp.files.container import write_container
+from w2wpp.identity import MOST_STEPS, load_pictures
 
 HERE, ELSEWHERE = "a" * 32, "b" * 32
 
@@ -158,3 +159,76 @@ def test_bad_files_are_refused(tmp_path):
     write_container(tmp_path / "id", {"z": z}, format="w2wpp.identity", version="2", config=good)
     with pytest.raises(FormatError, match="Update w2wpp"):
         load_identity(tmp_path / "id")
+
+
+@pytest.mark.parametrize("size", [(0, 3), (2, 0), (0, 0)])
+def test_a_file_without_anybody_is_refused(tmp_path, size):
+    good = {"space_fingerprint": HERE, "provenance": {}}
+    tensors = {"z": torch.zeros(size)}
+    write_container(tmp_path / "id", tensors, format="w2wpp.identity", config=good)
+    with pytest.raises(FormatError, match="nobody"):
+        load_identity(tmp_path / "id")
+
+
+def test_one_person_of_one_number_is_somebody(tmp_path):
+    save_identity(identity([0.5]), tmp_path / "id")
+    assert load_identity(tmp_path / "id").z.tolist() == [[0.5]]
+
+
+def test_indexing_by_lists_masks_and_what_is_neither():
+    ids = identity([1.0], [2.0], [3.0])
+    assert ids[[2, 0]].z.flatten().tolist() == [3.0, 1.0]
+    assert ids[torch.tensor([True, False, True])].z.flatten().tolist() == [1.0, 3.0]
+    assert ids[-3].z.item() == 1.0 and len(ids[[]]) == 0
+    for outside in (-4, 3):
+        with pytest.raises(IndexError, match=r"3 identities, numbered from 0. Got"):
+            ids[outside]
+    with pytest.raises(IndexError, match=r"has 3 flags. Got 2"):
+        ids[[True, False]]
+    for wrong in ("1", 1.0, [[0]], [0, True]):
+        with pytest.raises(ShapeError, match="picked by a number"):
+            ids[wrong]
+
+
+def test_a_walk_may_have_one_step_and_no_more_than_many():
+    a, b = identity([1.0, 0.0]), identity([0.0, 1.0])
+    assert torch.equal(interpolate(a, b, steps=1).z, a.z)
+    assert len(interpolate(a, b, steps=MOST_STEPS)) == MOST_STEPS
+    with pytest.raises(ConfigError, match=r"at most 100,000. Got 100001"):
+        interpolate(a, b, steps=MOST_STEPS + 1)
+
+
+def test_residuals_of_two_sizes_do_not_mix():
+    with pytest.raises(ShapeError, match=r"one size. Got \[1, 2\]"):
+        concat([identity([1.0], residual=[[1.0]]), identity([1.0], residual=[[1.0, 2.0]])])
+
+
+@pytest.mark.parametrize("shape", [(0, 8, 8, 3), (1, 513, 8, 3), (1, 8, 513, 3), (65, 2, 2, 3)])
+def test_pictures_that_nobody_could_have_saved_are_refused(tmp_path, shape):
+    config = {"space_fingerprint": HERE, "provenance": {}}
+    tensors = {"z": torch.zeros(1, 2), "pictures": torch.zeros(shape, dtype=torch.uint8)}
+    write_container(tmp_path / "id", tensors, format="w2wpp.identity", config=config)
+    with pytest.raises(FormatError, match="pictures of the size"):
+        load_pictures(tmp_path / "id")
+
+
+def test_pictures_come_back_as_bytes(tmp_path):
+    pictures = torch.arange(64 * 512 * 2 * 3).remainder(251).to(torch.uint8).view(64, 512, 2, 3)
+    save_identity(identity([0.5]), tmp_path / "id", pictures)
+    assert torch.equal(load_pictures(tmp_path / "id"), pictures)
+    save_identity(identity([0.5]), tmp_path / "bare")
+    assert load_pictures(tmp_path / "bare") is None
+    for wrong in (pictures.float(), pictures[0], pictures[..., :2]):
+        with pytest.raises(ShapeError, match="of bytes"):
+            save_identity(identity([0.5]), tmp_path / "other", wrong)
+
+
+def test_names_of_files_stay_out_of_what_is_saved_however_deep(tmp_path):
+    inner = {"made_by": "encode", "files": ["anna.safetensors", "bob.safetensors"]}
+    how = {"made_by": "concat", "parents": [inner, "unknown"], "files": ("carl.safetensors",)}
+    save_identity(Identity(torch.zeros(1, 2), HERE, None, how), tmp_path / "id")
+    assert load_identity(tmp_path / "id").provenance == {
+        "made_by": "concat",
+        "files": 1,
+        "parents": [{"made_by": "encode", "files": 2}, "unknown"],
+    }

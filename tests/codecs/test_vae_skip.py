@@ -59,3 +59,28 @@ def test_dropout_keeps_the_mean_and_draws_where_it_is_told():
 def test_nothing_is_dropped_unless_asked_for():
     made = build_codec({"name": "vae-skip", "coefficient_size": K, "latent_size": D})
     assert made.config["dropout"] == 0.0 and made.config["hidden"] == [256]
+
+
+def test_with_as_many_latents_as_coefficients_nothing_is_cut_and_nothing_is_padded():
+    made = build_codec(
+        {"name": "vae-skip", "coefficient_size": K, "latent_size": K, "hidden": [8]}
+    ).eval()
+    c = torch.randn(4, K, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(made.encode(c).mean, c) and torch.equal(made.decode(c), c)
+    with torch.no_grad():
+        made.decoder_linear.bias.fill_(1.0)
+    torch.testing.assert_close(made.decode(c), c + 1.0)
+
+
+@pytest.mark.parametrize("beta, floor", [(0.0, 1e-6), (-1.0, 1e-6), (1e-3, 1e-3)])
+def test_the_posterior_does_not_collapse_without_a_penalty(beta, floor):
+    made = build_codec({"name": "vae-skip", "coefficient_size": K, "latent_size": D})
+    weight = torch.full((K,), 0.5)
+    made.adapt(SCALES, weight, beta)
+    t = floor / (2 * D)
+    torch.testing.assert_close(made.fc_var.bias.detach(), torch.full((D,), t / (0.5 + t)).log())
+
+
+def test_posteriors_stay_within_what_single_precision_holds(codec):
+    far = codec.encode(1e6 * torch.randn(20, K, generator=torch.Generator().manual_seed(1)))
+    assert float(far.logvar.min()) == -30.0 and float(far.logvar.max()) == 20.0

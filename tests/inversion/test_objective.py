@@ -183,3 +183,45 @@ def test_evaluations_count_pictures_per_person():
 def test_refuses(options, error):
     with pytest.raises(error):
         make(**options)
+
+
+def test_every_seed_person_and_step_has_a_noise_of_its_own():
+    """Mixed as ((seed * 100,003) + person) * 100,003 + number: runs that were saved resume by it."""
+    pictures = torch.zeros(2, 1, 3, 4, 4).double()
+    found = {}
+    for seed in (0, 1, 2):
+        for step in (0, 1, 2):
+            noise = make(pictures, draws=1, fresh=True, seed=seed).draw(step).noise
+            for person in (0, 1):
+                mixed = (seed * 100_003 + person) * 100_003 + 2 + step
+                expected = torch.randn(1, 3, 4, 4, generator=torch.Generator().manual_seed(mixed))
+                assert torch.equal(noise[person], expected)
+                found[seed, person, step] = tuple(noise[person].flatten().tolist())
+    assert len(set(found.values())) == 18
+    kept_aside = make(pictures, draws=1, seed=1).evaluation(1).noise[0]
+    expected = torch.randn(
+        1, 3, 4, 4, generator=torch.Generator().manual_seed(100_003 * 100_003 + 1)
+    )
+    assert torch.equal(kept_aside, expected)
+
+
+def test_a_seed_of_any_size_is_taken():
+    noise = make(draws=1, seed=2**64 - 1).draw(0).noise
+    assert not torch.equal(noise, make(draws=1, seed=2**64 - 2).draw(0).noise)
+
+
+def test_more_draws_than_pictures_go_round_and_timesteps_stay_inside():
+    o = make(torch.zeros(3, 3, 4, 4).double(), draws=7)
+    counts = o.draw(0).picture[0].bincount(minlength=3)
+    assert sorted(counts.tolist()) == [2, 2, 3]
+    loose = make(draws=400, stratified=False).draw(0).timestep[0]
+    assert int(loose.min()) == 0 and int(loose.max()) == 49
+
+
+def test_losses_are_means_of_weighted_squared_errors_and_the_prior_adds_half_its_square():
+    """With a denoiser that always says zero, by hand."""
+    pictures = torch.zeros(1, 3, 4, 4).double()
+    o = make(pictures, denoise=lambda noisy, t, v: torch.zeros_like(noisy), draws=3, prior=0.5)
+    draw, z = o.draw(0), torch.tensor([[1.0, 2.0, 0.0]], dtype=torch.float64)
+    expected = (draw.noise[0].double() ** 2).mean() + 0.5 * 0.5 * 5.0
+    torch.testing.assert_close(o.loss(z, None, draw)[0], expected)

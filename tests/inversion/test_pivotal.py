@@ -6,6 +6,7 @@ import torch
 from w2wpp import (
     Adam,
     Basis,
+    ConfigError,
     Identity,
     Layout,
     Module,
@@ -62,3 +63,17 @@ def test_the_loss_that_is_shown_holds_the_decay():
     # After one step of 0.5 in each coordinate towards the target, |r|^2 = 4 * 0.25.
     free, held = (losses[d].history[-1] for d in (0.0, 0.4))
     assert held - free == pytest.approx(0.5 * 0.4 * 1.0, rel=1e-4)
+
+
+def test_by_default_it_takes_few_short_steps_held_back_a_little():
+    assert (Pivotal().steps, Pivotal().lr, Pivotal().decay) == (4, 0.05, 1e-3)
+    assert Pivotal(lr=0.3).optimiser() == Adam(lr=0.3)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"steps": 0}, {"lr": 0.0}, {"decay": -1e-9}, {"lr": float("nan")}]
+)
+def test_a_stage_that_can_not_be_taken_is_refused(wrong):
+    with pytest.raises(ConfigError, match="pivotal stage"):
+        Pivotal(**wrong)
+    Pivotal(steps=1, lr=1e-9, decay=0.0)
