@@ -32,7 +32,10 @@ def as_tensor(value: Array, what: str) -> Tensor:
 
 
 def as_batch(value: Array, size: int, what: str, letter: str) -> Tensor:
-    """A tensor or array [B, size] as a tensor; the letter names its width in errors."""
+    """A tensor or array [B, size] as a tensor; the letter names its width in errors.
+
+    Raises ShapeError for any other shape.
+    """
     t = as_tensor(value, f"{what} [B, {letter}]")
     if t.ndim != 2 or t.shape[1] != size:
         raise ShapeError(

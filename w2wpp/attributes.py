@@ -36,7 +36,7 @@ class Attributes:
     made: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def with_one(self, name: str, direction: Tensor, how: Mapping[str, Any]) -> Attributes:
-        """Another attribute added, or one of the same name replaced."""
+        """Another direction [d] added, or one of the same name replaced."""
         return Attributes(
             self.space_fingerprint,
             {**self.directions, name: direction},

@@ -90,7 +90,10 @@ class Basis:
 
     @classmethod
     def from_container(cls, file: Container, layout: Layout, config: Mapping[str, Any]) -> Basis:
-        """The basis.* tensors of a file, checked now and read later; `config` as `config()` gave it."""
+        """The basis.* tensors of a file, checked now and read later; `config` as `config()` gave it.
+
+        Raises FormatError or ConfigError for what is no basis.
+        """
         size, n_components = layout.size, config["rank"]  # "rank" in files
         if type(n_components) is not int or n_components < 1:
             raise ConfigError(f"a basis has at least one component. Got {n_components!r}.")
@@ -170,7 +173,7 @@ class Basis:
         return difference * torch.where(self.std == 0, 0.0, 1.0 / self.std)
 
     def truncated(self, count: int) -> Basis:
-        """The first `count` components."""
+        """The first `count` components. Raises ConfigError for more than there are, or none."""
         if not 1 <= count <= self.n_components:
             raise ConfigError(
                 f"A basis of {self.n_components} components can't be truncated to {count}."
@@ -195,7 +198,7 @@ class Basis:
         return moved
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a file stores."""
+        """What a file stores: mean and std [P], components [K, P], singular values [K], and the metric's."""
         own = {name: self._get(name) for name in ("mean", "std", "components", "singular_values")}
         return {**own, **{f"metric.{name}": t for name, t in self.metric.tensors().items()}}
 

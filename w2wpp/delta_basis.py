@@ -137,7 +137,10 @@ class DeltaBasis:
         return self.weights + c.double() @ self.mixing
 
     def mixture(self, shares: Tensor) -> Tensor:
-        """Weights of the members [B, N], each row with the sum one -> whitened coefficients [B, K]."""
+        """Weights of the members [B, N], each row with the sum one -> whitened coefficients [B, K].
+
+        Raises ConfigError for rows of another sum.
+        """
         if not torch.allclose(shares.double().sum(1), torch.ones(len(shares), dtype=torch.float64)):
             raise ConfigError(f"The weights of a mixture sum to one. Got {shares.sum(1).tolist()}.")
         return self.coefficients(shares.double() @ self.grams.total).float()
@@ -195,11 +198,14 @@ class DeltaBasis:
         return torch.where(whole > 0, held / whole, 1.0).clamp(max=1.0)
 
     def standardise(self, difference: Tensor) -> Tensor:
-        """Vectors of a delta basis have no standard form: their numbers mean nothing one by one."""
+        """Vectors of a delta basis have no standard form: their numbers mean nothing one by one.
+
+        Raises ConfigError always.
+        """
         raise ConfigError("A delta basis compares updates, not the numbers of A and B.")
 
     def truncated(self, count: int) -> DeltaBasis:
-        """The first `count` components."""
+        """The first `count` components. Raises ConfigError for more than there are, or none."""
         if not 1 <= count <= self.n_components:
             raise ConfigError(
                 f"A basis of {self.n_components} components can't be truncated to {count}."
@@ -214,7 +220,7 @@ class DeltaBasis:
         return basis
 
     def stack(self, module: int) -> Stack:
-        """Module number `module` of all members."""
+        """Module number `module` of all members. Raises DataError if none has it."""
         if module in self._kept:
             return self._kept[module]
         found = self.stacks.stack(module)
@@ -268,7 +274,10 @@ class DeltaBasis:
     def from_container(
         cls, file: Container, layout: Layout, config: Mapping[str, Any]
     ) -> DeltaBasis:
-        """The basis of a file, checked now; its factors are read module by module, later."""
+        """The basis of a file, checked now; its factors are read module by module, later.
+
+        Raises FormatError or ConfigError for what is no basis of updates.
+        """
         n, k, names = config["members"], config["rank"], list(config["blocks"])
         m = len(layout.modules)
         if not all(type(size) is int and size >= 1 for size in (n, k)):
@@ -372,6 +381,8 @@ def delta_components(
     """Q [K, N] and singular values [K] of members with a Gram matrix [N, N] and weights [N].
 
     All components above rounding, or the first so many.
+
+    Raises DataError where all updates are the same, ConfigError for more components than they span.
     """
     p = weights.double()
     mean = gram @ p

@@ -18,6 +18,9 @@ def edit(identity: Identity, space: Space, strengths: Mapping[str, float]) -> Id
 
     Every latent of the batch z [B, d] moves by sum_a strength_a * direction_a; zero leaves it
     where it is. A residual stays as it is.
+
+    Raises SpaceMismatch for an identity of another space, ConfigError for an unknown attribute or a strength that is
+    not finite.
     """
     require_same_space(identity.space_fingerprint, space.fingerprint, space.name)
     unknown = sorted(strengths.keys() - space.directions.keys())

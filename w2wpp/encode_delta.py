@@ -80,7 +80,10 @@ def encode_update(
     *,
     residual: bool = False,
 ) -> tuple[Identity, DeltaReport]:
-    """The identity of a LoRA in a space of collected LoRAs, and how much of it that is."""
+    """The identity of a LoRA in a space of collected LoRAs, and how much of it that is.
+
+    Raises LayoutMismatch for a LoRA that shares no module with the space, DataError for an update of zero.
+    """
     basis = space.basis
     assert isinstance(basis, DeltaBasis)
     member = as_member(lora)
@@ -111,7 +114,7 @@ def encode_update(
 
 
 def as_member(lora: str | os.PathLike[str] | LoraFile | Mapping[str, Tensor] | Member) -> Member:
-    """A LoRA in any form as a member of a collection."""
+    """A LoRA in any form (file, {key: tensor}, member) as a member of a collection."""
     if isinstance(lora, Member):
         return lora
     if isinstance(lora, LoraFile):

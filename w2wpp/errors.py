@@ -55,6 +55,8 @@ def reading(what: str) -> Iterator[None]:
     """Taking apart what a file holds: whatever goes wrong inside means that the file cannot be read.
 
     `what` begins the sentence: "face.safetensors: the configuration of this identity".
+
+    Raises FormatError in its place.
     """
     try:
         yield

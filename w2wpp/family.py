@@ -87,7 +87,10 @@ class Family:
 
 
 def read_family(text: str) -> Family:
-    """A family from its text; the empty text is a single generation of new people."""
+    """A family from its text; the empty text is a single generation of new people.
+
+    Raises FormatError for a text that is no family tree, or one of a later version.
+    """
     if not text.strip():
         return Family()
     data = parse_json(text, "The family tree")
@@ -134,7 +137,10 @@ def people_of(
     radius: float = 0.4,
     around: Identity | None = None,
 ) -> People:
-    """Everybody in a family. `around` is somebody whom the first generation is bred around, within `radius`."""
+    """Everybody in a family. `around` is somebody whom the first generation is bred around, within `radius`.
+
+    Raises ConfigError for a truncation or radius out of range, ShapeError where `around` is not one person.
+    """
     if around is not None:
         require_same_space(around.space_fingerprint, space.fingerprint, space.name)
         if len(around) != 1:
@@ -177,7 +183,10 @@ class People:
         return self._identity(z, share, {"places": [list(p) for p in places]})
 
     def marked(self, count: int) -> tuple[Identity, Identity]:
-        """Those marked with + and with -; without any - everybody else of the grids [`count`] with a + in them."""
+        """Those marked with + and with -; without any - everybody else of the grids [`count`] with a + in them.
+
+        Raises DataError if nobody, or everybody, has a +.
+        """
         family = self._family
         plus = list(dict.fromkeys(map(family.origin, family.plus)))
         minus = list(dict.fromkeys(map(family.origin, family.minus)))

@@ -94,7 +94,7 @@ class Flow(nn.Module):
 
 
 def orthonormal(rotation: Tensor) -> Tensor:
-    """The nearest rotation, by one Newton-Schulz step: enough for errors of half precision."""
+    """The nearest rotation [d, d], by one Newton-Schulz step: enough for errors of half precision."""
     return 1.5 * rotation - 0.5 * rotation @ rotation.T @ rotation
 
 

@@ -109,7 +109,11 @@ class Identity:
 
 
 def concat(identities: Sequence[Identity]) -> Identity:
-    """Several identities of one space as one."""
+    """Several identities of one space as one.
+
+    Raises ConfigError for an empty list, SpaceMismatch for identities of several spaces, ShapeError for residuals of
+    several sizes.
+    """
     if not identities:
         raise ConfigError("There is nothing to concatenate: the list of identities is empty.")
     first = identities[0]
@@ -134,6 +138,9 @@ def interpolate(
     extrapolate. slerp follows the great circle, which keeps latents at the length that the prior
     gives them (Shoemake 1985); lerp is the straight line. A residual is always interpolated along
     the line.
+
+    Raises ConfigError for an unknown mode or bad positions, ShapeError where an end is not one person, SpaceMismatch
+    for ends of two spaces.
     """
     if mode not in ("slerp", "lerp"):
         raise ConfigError(f"The mode of an interpolation is 'slerp' or 'lerp'. Got {mode!r}.")
@@ -168,7 +175,10 @@ def save_identity(
     new: bool = False,
 ) -> None:
     """Write an identity; with pictures [n, H, W, 3] of bytes of what it looks like. With `new` only if no file has
-    the name (else FileExistsError)."""
+    the name (else FileExistsError).
+
+    Raises ShapeError for pictures of another kind.
+    """
     tensors = {"z": identity.z.float()}
     if pictures is not None:
         if pictures.ndim != 4 or pictures.shape[-1] != 3 or pictures.dtype != torch.uint8:
@@ -204,7 +214,10 @@ def load_identity(path: str | os.PathLike[str]) -> Identity:
 
 
 def load_pictures(path: str | os.PathLike[str]) -> Tensor | None:
-    """The pictures [n, H, W, 3] in an identity file, as bytes; None if it has none."""
+    """The pictures [n, H, W, 3] in an identity file, as bytes; None if it has none.
+
+    Raises FormatError for pictures that `save_identity` would not have written.
+    """
     with open_container(path, FORMAT) as file:
         if "pictures" not in file:
             return None

@@ -59,7 +59,7 @@ def explained_variance(truth: Tensor, reconstruction: Tensor, mean: Tensor) -> T
 
 
 def pooled_r2(truth: Tensor, reconstruction: Tensor, mean: Tensor) -> float:
-    """R2 of all vectors together: long vectors weigh more than in the mean of ``explained_variance``."""
+    """R2 of all vectors [N, P] together: long vectors weigh more than in the mean of ``explained_variance``."""
     return (1 - (truth - reconstruction).square().sum() / (truth - mean).square().sum()).item()
 
 

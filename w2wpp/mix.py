@@ -24,6 +24,9 @@ def mix(
     of directions (Buss & Fillmore 2001) at the weighted mean of the lengths, so a mix is as far from the average
     person as those that it is made of, and two of the same length are mixed as `interpolate` does; lerp takes the
     weighted mean itself, which comes out more average the more people there are. A residual is always averaged.
+
+    Raises ConfigError for an unknown mode or weights that are negative or all zero, ShapeError for too few or many,
+    SpaceMismatch for people of several spaces.
     """
     if mode not in ("slerp", "lerp"):
         raise ConfigError(f"A mix goes by 'slerp' or 'lerp'. Got {mode!r}.")

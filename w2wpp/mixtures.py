@@ -24,7 +24,10 @@ def members(space: Space) -> Identity:
 
 
 def mix(space: Space, weights: Mapping[int, float] | Sequence[float]) -> Identity:
-    """The mixture of members with these weights, given for all or by position; they are scaled to the sum one."""
+    """The mixture of members with these weights, given for all or by position; they are scaled to the sum one.
+
+    Raises ConfigError for weights that are negative or all zero, and for a space that is no collection.
+    """
     basis = _basis(space)
     given = dict(weights) if isinstance(weights, Mapping) else dict(enumerate(weights))
     unknown = [i for i in given if not 0 <= i < basis.count]
@@ -47,6 +50,8 @@ def sample_mixtures(
 
     Which members and how much of each follows the generator's integers, so that one seed gives one
     set of mixtures everywhere.
+
+    Raises ConfigError for n below 1, a truncation above 1 or a space that is no collection.
     """
     basis = _basis(space)
     if n < 1:

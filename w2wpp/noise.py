@@ -17,6 +17,8 @@ def standard_normal(rows: int, columns: int, *, generator: torch.Generator) -> T
     depend on neither, so they are drawn instead and sent through the inverse distribution function
     in double precision; rounding to single precision then hides what differs between math
     libraries.
+
+    Raises ConfigError for a generator that is not on the CPU.
     """
     if generator.device.type != "cpu":
         raise ConfigError(

@@ -197,7 +197,10 @@ class Space:
         return self.basis.lift(c.to(self.device))
 
     def sample(self, n: int, *, generator: torch.Generator, truncation: float = 1.0) -> Identity:
-        """n identities from N(0, I), scaled by the truncation. Same generator seed, same bits, on every machine."""
+        """n identities from N(0, I), scaled by the truncation. Same generator seed, same bits, on every machine.
+
+        Raises ConfigError for n or a truncation out of range.
+        """
         if not 1 <= n <= MOST_NUMBERS // self.latent_size:
             raise ConfigError(
                 "Sampling draws at least one identity and at most "
@@ -213,7 +216,10 @@ class Space:
         return Identity(z, self.fingerprint, None, how)
 
     def start_from(self, pictures: Tensor) -> Identity:
-        """What the start network makes of pictures [n, 3, H, W] in [-1, 1]: n identities."""
+        """What the start network makes of pictures [n, 3, H, W] in [-1, 1]: n identities.
+
+        Raises ConfigError for a space without one.
+        """
         if self.start is None:
             raise ConfigError(f"The space '{self.name}' has no start network.")
         with torch.no_grad():

@@ -136,6 +136,8 @@ def save_directions(
     """A copy of a space file with attribute directions [d] added or replaced, under provenance["directions"].
 
     Everything else stays as it is, byte by byte, also what this release does not know.
+
+    Raises ConfigError for directions of another size.
     """
     latent_size = load_space(source).latent_size
     wrong = [n for n, t in directions.items() if tuple(t.shape) != (latent_size,)]
@@ -156,7 +158,7 @@ def save_start(
 ) -> None:
     """A copy of a space file with a start network, in place of the one it may have, and with the frame if one is given.
 
-    The rest stays byte by byte.
+    The rest stays byte by byte. Raises ConfigError for a network of another size.
     """
     latent_size = load_space(source).latent_size
     if start.latent_size != latent_size:
@@ -213,7 +215,10 @@ def _start_tensors(start: StartNetwork) -> dict[str, Tensor]:
 
 
 def find_space(fingerprint: str, folders: Iterable[Path] = ()) -> Path:
-    """The space file with a fingerprint, among the shipped ones and in other folders; reads headers only."""
+    """The space file with a fingerprint, among the shipped ones and in other folders; reads headers only.
+
+    Raises SpaceMismatch if none has it.
+    """
     for folder in (*folders, shipped_folder("models")):
         for path in sorted(folder.glob("*.safetensors")):
             with contextlib.suppress(FormatError):

@@ -47,7 +47,7 @@ class PictureNetwork(nn.Module):
         return {"size": self.size, "width": self.width, "features": self.features}
 
     def describe(self, pictures: Tensor) -> Tensor:
-        """Pictures of any size -> features [n, F]."""
+        """Pictures of any size -> features [n, F]. Raises ShapeError for anything but [n, 3, H, W]."""
         if pictures.ndim != 4 or pictures.shape[1] != 3:
             raise ShapeError(
                 f"A start network reads pictures [n, 3, H, W]. Got {list(pictures.shape)}."

@@ -333,14 +333,17 @@ METRICS = ("parameter", "raw", "update")
 
 
 def named_metric(name: str, layout: Layout) -> Metric:
-    """One of METRICS, for vectors of a layout."""
+    """One of METRICS, for vectors of a layout. Raises ConfigError for another name."""
     if name not in METRICS:
         raise ConfigError(f"The metric is one of {', '.join(METRICS)}. Got {name!r}.")
     return UpdateMetric(layout) if name == "update" else Plain(name)
 
 
 def metric_from(config: Mapping[str, Any], layout: Layout, tensors: Mapping[str, Tensor]) -> Metric:
-    """The metric that a file describes; `tensors` are those that `Metric.tensors` gave."""
+    """The metric that a file describes; `tensors` are those that `Metric.tensors` gave.
+
+    Raises FormatError for a metric that this release does not know.
+    """
     name = str(config.get("name", ""))
     if {"scale", "rows"} <= set(tensors):
         return SketchMetric(tensors["scale"], tensors["rows"], name)

@@ -23,7 +23,10 @@ OLDER_NAMES = {c.stored_name: name for name, c in CODECS.items() if c.stored_nam
 
 
 def build_codec(config: Mapping[str, Any]) -> Codec:
-    """A codec with fresh weights from its configuration."""
+    """A codec with fresh weights from its configuration.
+
+    Raises ConfigError for a name or an option that is not known.
+    """
     options = dict(config)
     name = options.pop("name", None)
     name = OLDER_NAMES.get(name, name)

@@ -58,7 +58,10 @@ class NoiseSchedule:
 
     def weights(self, weighting: str) -> Tensor:
         """[T]: the factor that turns the squared error of the prediction into that of another
-        parametrisation. In errors of x0, eps weighs SNR and v weighs SNR + 1."""
+        parametrisation. In errors of x0, eps weighs SNR and v weighs SNR + 1.
+
+        Raises ConfigError for an unknown weighting.
+        """
         if weighting not in WEIGHTINGS:
             raise ConfigError(
                 f"Weightings of the loss are {', '.join(WEIGHTINGS)}. Got {weighting!r}."

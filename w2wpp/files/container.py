@@ -121,7 +121,10 @@ class Container:
         return bool(torch.isfinite(numbers).all())
 
     def require(self, name: str, shape: tuple[int | None, ...], *dtypes: torch.dtype) -> Entry:
-        """The entry of a tensor that must exist with this shape (None: any) and such a dtype."""
+        """The entry of a tensor that must exist with this shape (None: any) and such a dtype.
+
+        Raises FormatError if it is missing or another.
+        """
         if name not in self.entries:
             raise FormatError(
                 f"{self.path}: the tensor '{name}' is missing: the file is incomplete. Write it again, "
@@ -141,12 +144,12 @@ class Container:
         return entry
 
     def read(self, name: str, *, finite: bool = True) -> Tensor:
-        """A whole tensor, copied out of the file. Raises FormatError for NaN and infinity if `finite`."""
+        """A whole tensor as it is stored, copied. Raises FormatError for NaN and infinity if `finite`."""
         entry = self.entries[name]
         return self._read(name, entry.start, entry.shape, finite)
 
     def read_rows(self, name: str, start: int, stop: int, *, finite: bool = True) -> Tensor:
-        """Rows start to stop of a tensor, without touching the others."""
+        """Rows [stop - start, ...] of a tensor, without touching the others."""
         entry = self.entries[name]
         row = (entry.stop - entry.start) // max(entry.shape[0], 1)
         shape = (max(0, min(stop, entry.shape[0]) - start), *entry.shape[1:])
@@ -154,7 +157,10 @@ class Container:
 
     @torch.inference_mode(False)
     def read_columns(self, name: str, rows: Sequence[int], start: int, stop: int) -> Tensor:
-        """Columns start to stop of some rows of a matrix, [len(rows), stop - start]."""
+        """Columns start to stop of some rows of a matrix, [len(rows), stop - start].
+
+        Raises FormatError beyond the matrix, and for NaN and infinity.
+        """
         entry = self.entries[name]
         if len(entry.shape) != 2 or not 0 <= start <= stop <= entry.shape[1]:
             raise FormatError(
@@ -195,7 +201,10 @@ class Container:
 def open_container(
     path: str | os.PathLike[str], format: str | None = None, *, versions: tuple[str, ...] = ("1",)
 ) -> Container:
-    """Open a safetensors file and check its header; with `format`, what it is and its version."""
+    """Open a safetensors file and check its header; with `format`, what it is and its version.
+
+    Raises FormatError for any other file.
+    """
     file = OpenedFile(path)
     start, header = _read_header(file)
     metadata = header.pop("__metadata__", {})
@@ -280,7 +289,11 @@ def write_resumably(
 ) -> None:
     """As `write_container`, for a tensor `last` of very many rows: `chunks(start)` gives those from row
     `start` on. What a killed write left in `partial_of(path)` is taken up if the rest of the file is the
-    same, and the result is too, byte by byte."""
+    same, and the result is too, byte by byte.
+
+    Raises WriteError where the disk fails, keeping what is written; FormatError if the rows are not as many as
+    announced.
+    """
     announced = tensors[last]
     header = _build_header(tensors, _texts(format, version, config, None))
     beginning = io.BytesIO(header)

@@ -64,7 +64,7 @@ class OpenedFile:
         return bytes(buffer)
 
     def read_into(self, start: int, buffer: memoryview) -> None:
-        """Fill a buffer from a position."""
+        """Fill a buffer from a position. Raises FormatError if the file became shorter."""
         with self._handle() as handle:
             done = _fill(handle, start, buffer)
             self._check(handle)  # afterwards, so that a change during the read is seen too

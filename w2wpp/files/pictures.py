@@ -16,7 +16,7 @@ from .writing import replacing
 
 
 def open_picture(path: Path) -> Any:
-    """A picture file in RGB, as Pillow holds it."""
+    """A picture file in RGB, as Pillow holds it. Raises FormatError for any other file."""
     from PIL import Image
 
     with OpenedFile(path) as opened:
@@ -33,7 +33,10 @@ def open_picture(path: Path) -> Any:
 
 
 def save_picture(picture: Any, path: Path) -> None:
-    """A picture of Pillow's in the format that the name's ending says, whole or not at all."""
+    """A picture of Pillow's in the format that the name's ending says, whole or not at all.
+
+    Raises ConfigError for an ending that Pillow does not know.
+    """
     from PIL import Image
 
     kind = Image.registered_extensions().get(path.suffix.lower())

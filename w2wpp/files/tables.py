@@ -33,7 +33,10 @@ class LabelTable:
 
 
 def read_labels(path: str | os.PathLike[str]) -> LabelTable:
-    """A table whose first column names somebody and whose others are numbers."""
+    """A table whose first column names somebody and whose others are numbers.
+
+    Raises FormatError for any other table, naming the line.
+    """
     path = Path(path)
     table = read_csv(path)
     if len(table) < 2 or len(table[0]) < 2:
@@ -58,6 +61,8 @@ def picture_lines(
     """(where, picture, other fields) of each line of a table whose header begins with these columns.
 
     The first column is a picture's path, relative to the table. Pictures are looked for and not opened.
+
+    Raises FormatError for another header or line, DataError for a picture that is not there.
     """
     path, lines = Path(path), read_csv(path)
     if len(lines) < 2 or tuple(lines[0][: len(columns)]) != columns:

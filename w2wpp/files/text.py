@@ -19,7 +19,10 @@ DEEPEST = 64  # tables within tables; what is written here has about eight
 
 
 def parse_json(text: str | bytes, what: str) -> Any:
-    """JSON without NaN, infinities and half characters; `what` names it in messages."""
+    """JSON without NaN, infinities and half characters; `what` names it in messages.
+
+    Raises FormatError for anything else.
+    """
     try:
         text = text.decode("utf-8") if isinstance(text, bytes) else text
         data = json.loads(text, parse_float=_finite, parse_constant=_refuse_constant)
@@ -41,7 +44,7 @@ def read_json(path: str | os.PathLike[str]) -> Any:
 
 
 def read_csv(path: str | os.PathLike[str]) -> list[list[str]]:
-    """The lines of a CSV file that are not empty."""
+    """The lines of a CSV file that are not empty. Raises FormatError for a file that is no table in UTF-8."""
     raw = _read(path)
     try:
         text = raw.decode("utf-8-sig")

@@ -77,6 +77,8 @@ def load_tensor(path: str | os.PathLike[str], *, ndim: int, or_flat: bool = Fals
     """A file that is one floating-point tensor of so many dimensions; small ones, read at once.
 
     With `or_flat` one of a single dimension is taken as the only row of a matrix.
+
+    Raises FormatError for any other file, and for NaN and infinity.
     """
     tensor = load_torch(path)
     if or_flat and isinstance(tensor, Tensor) and tensor.ndim == 1:
@@ -130,7 +132,10 @@ class Matrix:
         return out
 
     def part(self, rows: slice, columns: slice) -> Tensor:
-        """Values [n, m], checked to be finite."""
+        """Values [n, m], checked to be finite.
+
+        Raises FormatError where the file ends early or holds NaN or infinity.
+        """
         first = rows.start * self.strides[0] + columns.start * self.strides[1]
         shape = (rows.stop - rows.start, columns.stop - columns.start)
         last = sum((n - 1) * stride for n, stride in zip(shape, self.strides))
@@ -159,7 +164,10 @@ def _copied(
 
 
 def open_matrix(path: str | os.PathLike[str]) -> Matrix:
-    """A .pt file that is one matrix of floating-point numbers, checked, not read."""
+    """A .pt file that is one matrix of floating-point numbers, checked, not read.
+
+    Raises FormatError for any other file.
+    """
     file = OpenedFile(path)
     tensor = _load(file)
     _require(path, tensor, 2)

@@ -37,7 +37,10 @@ def read_numbers(
     path: str | os.PathLike[str], space: Space, *, residual: bool = False
 ) -> tuple[Identity, dict[str, Any]]:
     """The same, with what the numbers were: official coefficients, or the raw weights of LoRAs in the gauge of the
-    official data set."""
+    official data set.
+
+    Raises FormatError for numbers of neither kind, SpaceMismatch for coefficients and a space without components.
+    """
     if isinstance(space.basis, AffineBasis):
         raise SpaceMismatch(
             f"'{space.name}' has no components; coefficients need a linear space of the official files, or one "

@@ -25,7 +25,10 @@ Weights = dict[str, Tensor]
 
 
 def read_vae(path: str | os.PathLike[str], *, layout: Layout = SD15, name: str = "") -> Space:
-    """The space of a checkpoint. Sizes come from its tensors; its prior is the N(0, I) it was trained for."""
+    """The space of a checkpoint. Sizes come from its tensors; its prior is the N(0, I) it was trained for.
+
+    Raises FormatError for any other checkpoint, or one for another layout.
+    """
     stored, parts = _weights(path)
     if "first_layer.0.weight" in stored:
         codec, basis = _residual(path, stored), _residual_basis(layout.size)
@@ -59,6 +62,8 @@ def without_batch_norm(stored: Weights) -> Weights:
     """Weights of the same function without batch norms, which are affine once training is over.
 
     A norm at X.1 follows the linear layer at X.0: y = (x - mean) g / sqrt(var + eps) + b.
+
+    Raises FormatError for a batch norm without its statistics.
     """
     folded = dict(stored)
     for key in stored:

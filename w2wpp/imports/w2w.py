@@ -84,7 +84,10 @@ class W2WFolder:
         return replace(self, components=components)
 
     def chunks(self) -> Iterator[Tensor]:
-        """The components [K, P] in half precision, some rows at a time."""
+        """The components [K, P] in half precision, some rows at a time.
+
+        Raises FormatError where they are not of unit length.
+        """
         for start in range(0, self.components, COLUMNS):
             rows = self.v.columns(slice(start, min(start + COLUMNS, self.components)))
             lengths = rows.float().square().sum(1) if len(rows) < 8 else _lengths(rows)
@@ -99,7 +102,10 @@ class W2WFolder:
 def open_w2w(
     folder: str | os.PathLike[str], *, components: int | None = None, layout: Layout = SD15
 ) -> W2WFolder:
-    """Read the small files of a folder and check the large ones by their headers."""
+    """Read the small files of a folder and check the large ones by their headers.
+
+    Raises FormatError for a folder or file that is missing, damaged or of other LoRAs.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise FormatError(f"{folder}: no such folder. Name the one that holds mean.pt and V.pt.")

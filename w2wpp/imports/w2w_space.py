@@ -62,6 +62,8 @@ def w2w_coefficients(source: W2WFolder) -> Coefficients:
 
     The files say nothing of single persons, so every row counts as one. What lies outside of the
     components is known on average only: standardised parameters have variance 1 each.
+
+    Raises FormatError without proj_1000pc.pt, DataError for more components than it holds.
     """
     matrix = source.coefficients
     if matrix is None:
@@ -98,7 +100,10 @@ def w2w_directions(
     only: Sequence[str] | None = None,
     against: Sequence[str] | None = None,
 ) -> Directions:
-    """Directions from a table with a line for every row of proj_1000pc.pt, in the same order."""
+    """Directions from a table with a line for every row of proj_1000pc.pt, in the same order.
+
+    Raises FormatError without proj_1000pc.pt or for another table, DataError for a column that is not there.
+    """
     matrix = source.coefficients
     if matrix is None:
         raise FormatError(
@@ -141,7 +146,10 @@ PERSON = ("identity", "person", "identity_id", "person_id", "celeb_id", "celebri
 
 def read_people(path: str | os.PathLike[str], rows: int) -> Tensor | None:
     """Which person each row [N] is, from a table with a line a row: by a column that is called
-    identity or person, or else by its first column, if names repeat there. None: the table does not say."""
+    identity or person, or else by its first column, if names repeat there. None: the table does not say.
+
+    Raises FormatError for a table of other rows, or a line without a person.
+    """
     table = read_csv(path)
     if len(table) - 1 != rows:
         raise FormatError(

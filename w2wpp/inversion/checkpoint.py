@@ -31,7 +31,10 @@ class Checkpoint:
         write_container(self.path, stored, format=FORMAT, config=config)
 
     def load(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Tensors and numbers as they were saved; nothing where there is no file."""
+        """Tensors and numbers as they were saved; nothing where there is no file.
+
+        Raises FormatError for the checkpoint of another inversion.
+        """
         if not self.path.exists():
             return {}, {}
         with open_container(self.path, FORMAT) as file:

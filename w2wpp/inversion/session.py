@@ -144,6 +144,8 @@ def start_from(
 
     faces [n, 3, h, w] of one person or [B, n, 3, h, w] of B, in [-1, 1], with a mask of any size [n or 1, 1, ...] or
     [B, n or 1, 1, ...]: a network that was taught with hidden pixels sees grey where it is black.
+
+    Raises ConfigError for another `kind`.
     """
     if kind not in ("amortised", "mean"):
         raise ConfigError(f"An inversion starts at 'amortised' or 'mean'. Got {kind!r}.")

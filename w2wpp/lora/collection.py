@@ -53,7 +53,10 @@ class Collection:
 
     @cached_property
     def shapes(self) -> dict[str, Shape]:
-        """{module: shape} of everything that a member has, sorted by name."""
+        """{module: shape} of everything that a member has, sorted by name.
+
+        Raises LayoutMismatch where two members disagree.
+        """
         found: dict[str, Shape] = {}
         for member in self.members:
             for name, source in member.modules.items():
@@ -129,6 +132,8 @@ def collect(members: Sequence[Member], cut_to: int | None = None) -> Collection:
 
     Of two spellings of one module the one with dots is taken; if some have weights fused that others
     have split, all are split.
+
+    Raises DataError for no members, or a rank below 1.
     """
     if not members:
         raise DataError("There is no LoRA to make a collection of.")

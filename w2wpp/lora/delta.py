@@ -128,7 +128,7 @@ def gram(updates: Sequence[Update]) -> Tensor:
 
 
 def combine(updates: Sequence[Update], weights: Tensor) -> dict[str, Factors]:
-    """sum_i weights_i dW_i, exact: factors side by side."""
+    """sum_i weights_i dW_i of N updates under weights [N], exact: factors side by side, of their ranks' sum."""
     found = {}
     for name in sorted({name for update in updates for name in update}):
         together = stack([update.get(name) for update in updates])
@@ -148,6 +148,8 @@ def cut(f: Factors, rank: int) -> tuple[Factors, float]:
 
     Exactly `rank` rows, zero where dW has fewer. Signs are fixed, so that the same update gives the
     same numbers.
+
+    Raises DataError for numbers out of range.
     """
     size_out, size_in = f.up.shape[0], f.down.shape[1]
     smallest = min(f.rank, size_out, size_in)

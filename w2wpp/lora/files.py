@@ -53,7 +53,10 @@ class Update:
         return self.kind.name == "LoRA" and not self.needs_base and "mid" not in self.parts
 
     def delta(self, base: Tensor | None = None) -> Delta:
-        """With its scale; `base` is the base model's weight [out, in, *kernel]."""
+        """With its scale; `base` is the base model's weight [out, in, *kernel].
+
+        Raises FormatError for parts that do not fit, and for DoRA without a base.
+        """
         with reading(f"{self.parts.source.path}: {self.parts.module}"):
             delta = self.kind.delta(self.parts)
         if not self.needs_base:
@@ -121,7 +124,10 @@ class LoraFile:
         return family_of(shapes, self.metadata, convolutions=convolutions, texts=self.texts)
 
     def vector(self, layout: Layout) -> Tensor:
-        """w [P] in a layout. If the file scales otherwise, B takes it up and the delta is equal."""
+        """w [P] in a layout. If the file scales otherwise, B takes it up and the delta is equal.
+
+        Raises LayoutMismatch for a LoRA of other modules, sizes or kinds than the layout's.
+        """
         outside = sorted(self.updates.keys() - self.lora.keys())
         if outside:
             update = self.updates[outside[0]]

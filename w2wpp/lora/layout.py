@@ -97,7 +97,10 @@ class Layout:
         return torch.cat(parts, dim=-1)
 
     def unpack(self, w: Array) -> Lora:
-        """w [P] or [N, P] -> {module: (A [(N,) r, in], B [(N,) out, r])}, as views."""
+        """w [P] or [N, P] -> {module: (A [(N,) r, in], B [(N,) out, r])}, as views.
+
+        Raises ShapeError for another width.
+        """
         w = as_tensor(w, "vectors [P] or [N, P]")
         if w.ndim not in (1, 2) or w.shape[-1] != self.size:
             raise ShapeError(

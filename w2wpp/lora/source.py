@@ -38,7 +38,7 @@ class InMemory:
         pass
 
     def read(self, key: str, *, finite: bool = True) -> Tensor:
-        """A tensor as it is stored."""
+        """A tensor as it is stored. Raises FormatError for NaN and infinity if `finite`."""
         tensor = self.entries[key].detach().cpu()
         if finite and not bool(torch.isfinite(tensor).all()):
             raise FormatError(f"{self.path}: the tensor '{key}' holds NaN or infinite numbers.")
@@ -57,7 +57,10 @@ def open_source(path: str | os.PathLike[str]) -> Source:
 
 
 def adapter_file(path: str | os.PathLike[str]) -> Path:
-    """A LoRA file itself, or the one in a folder that diffusers or PEFT wrote."""
+    """A LoRA file itself, or the one in a folder that diffusers or PEFT wrote.
+
+    Raises FormatError for a folder without one.
+    """
     path = Path(path)
     if not path.is_dir():
         return path
@@ -68,7 +71,10 @@ def adapter_file(path: str | os.PathLike[str]) -> Path:
 
 
 def read_numbers(source: Source, key: str) -> Tensor:
-    """A tensor in single precision, whatever it is stored in; finite, or an error that names it."""
+    """A tensor in single precision, whatever it is stored in; finite, or an error that names it.
+
+    Raises FormatError for quantised numbers, NaN and infinity.
+    """
     stored = source.entries[key].dtype
     if not stored.is_floating_point:
         raise FormatError(

@@ -62,6 +62,8 @@ def save_lora(
     given; if that ends in adapter_model.safetensors, the folder that it names. A diffusers file has
     no place for alpha that every release reads, so alpha / r is multiplied into B and the file means
     itself at a scale of 1; `load_lora` undoes it.
+
+    Raises ConfigError for an unknown format or an alpha of zero.
     """
     if format not in FORMATS:
         raise ConfigError(f"LoRA files are written as {', '.join(FORMATS)}. Got {format!r}.")

@@ -164,7 +164,7 @@ class CollectionReport:
 
 
 def nearest_pairs(names: Sequence[str], cosine: Tensor) -> tuple[tuple[str, str, float], ...]:
-    """The pairs that are most alike, copies left out."""
+    """The pairs that are most alike by their cosines [N, N], copies left out."""
     n = len(names)
     pairs = [
         (float(cosine[i, j]), i, j)
@@ -190,7 +190,7 @@ def copies(
 
 
 def outliers(names: Sequence[str], cosine: Tensor, norms: Tensor) -> tuple[tuple[str, str], ...]:
-    """Files unlike all others: far longer or shorter than the median, or pointing elsewhere."""
+    """Files unlike all others by cosines [N, N] and norms [N]: far longer or shorter, or pointing elsewhere."""
     found = []
     median = float(norms.median())
     if len(names) > 2:
@@ -209,7 +209,7 @@ def outliers(names: Sequence[str], cosine: Tensor, norms: Tensor) -> tuple[tuple
 
 
 def matrix_json(names: Sequence[str], cosine: Tensor) -> Mapping[str, Any]:
-    """A matrix of numbers as nested lists, rounded for reading."""
+    """A matrix [N, N] of numbers as nested lists, rounded for reading."""
     return {
         "names": list(names),
         "cosines": [[round(v, 6) for v in row] for row in cosine.tolist()],

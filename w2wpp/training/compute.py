@@ -82,7 +82,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 @contextlib.contextmanager
 def explained(advice: str) -> Iterator[None]:
-    """Out of memory or disk in the block becomes one sentence with what to change."""
+    """Out of memory or disk in the block becomes one sentence with what to change.
+
+    Raises ResourceError in its place.
+    """
     try:
         yield
     except (torch.cuda.OutOfMemoryError, MemoryError) as e:

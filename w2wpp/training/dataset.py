@@ -83,12 +83,12 @@ class VectorDataset:
 
     @property
     def training_rows(self) -> Tensor:
-        """Row numbers of people to learn from."""
+        """Row numbers [n] of people to learn from."""
         return torch.nonzero(~self.heldout).flatten()
 
     @property
     def heldout_rows(self) -> Tensor:
-        """Row numbers of people who only measure."""
+        """Row numbers [n] of people who only measure."""
         return torch.nonzero(self.heldout).flatten()
 
     def vectors(self, rows: Tensor | Sequence[int] | None = None) -> Tensor:
@@ -159,6 +159,9 @@ def write_dataset(
     killed is taken up where it stood. `kept` are chunks of the share of its energy that every row
     kept on its way in, [N]; they are asked for once the vectors are through. Precision is "single"
     or "half".
+
+    Raises ConfigError for an unknown precision, DataError for labels of another size, and what `check_holdout`
+    raises.
     """
     if precision not in PRECISIONS:
         raise ConfigError(
@@ -199,7 +202,10 @@ def write_dataset(
 
 
 def check_room(path: str | os.PathLike[str], size: int) -> None:
-    """Before hours of work: whether a file of so many bytes has room beside what is there of it."""
+    """Before hours of work: whether a file of so many bytes has room beside what is there of it.
+
+    Raises ResourceError if not.
+    """
     folder = Path(path).absolute().parent
     while not folder.exists():
         folder = folder.parent
@@ -214,7 +220,10 @@ def check_room(path: str | os.PathLike[str], size: int) -> None:
 
 
 def holdout_by_identity(identity: Tensor, fraction: float, *, generator: torch.Generator) -> Tensor:
-    """[N] bool: all rows of a random share of the persons. Never rows of one person on both sides."""
+    """[N] bool: all rows of a random share of the persons. Never rows of one person on both sides.
+
+    Raises ConfigError for a share outside [0, 1), DataError where nobody would be left.
+    """
     people = identity.unique()
     if not 0 <= fraction < 1:
         raise ConfigError(f"The share of persons to hold out lies in [0, 1). Got {fraction}.")
@@ -228,7 +237,10 @@ def holdout_by_identity(identity: Tensor, fraction: float, *, generator: torch.G
 
 
 def check_holdout(identity: Tensor, heldout: Tensor) -> None:
-    """A person on both sides of the split would make every held-out figure a lie."""
+    """A person on both sides of the split would make every held-out figure a lie.
+
+    Raises DataError for such a person.
+    """
     both = set(identity[heldout].tolist()) & set(identity[~heldout].tolist())
     if both:
         raise DataError(

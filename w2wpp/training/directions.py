@@ -55,6 +55,8 @@ def fit_directions(
 
     `against` names the attributes that a direction has to leave alone, all others by default.
     `test` holds latents and labels of other people, to score the readings on.
+
+    Raises DataError for latents and labels that do not belong together, and what `fit_from_moments` raises.
     """
     if labels.ndim != 2 or list(labels.shape) != [len(z), len(names)]:
         raise DataError(
@@ -76,7 +78,10 @@ def fit_from_moments(
     test: tuple[Tensor, Tensor] | None = None,
     ridge: float = RIDGE,
 ) -> Directions:
-    """The same from sums over people, for sets that do not fit in memory."""
+    """The same from sums over people, for sets that do not fit in memory.
+
+    Raises ConfigError for a label that is not there, DataError for one that the others explain.
+    """
     beta, r2 = _readings(sums, names, ridge, test)
     chosen = set(names if against is None else against)
     unknown = sorted(chosen - set(names))
@@ -109,7 +114,7 @@ class Moments:
         self.scatter = torch.zeros(size, size, dtype=torch.float64)
 
     def add(self, z: Tensor, labels: Tensor) -> None:
-        """Merge some rows (Chan et al. 1983)."""
+        """Merge some rows (Chan et al. 1983). Raises DataError for NaN and infinity."""
         both = torch.cat([z.double(), labels.double()], dim=1)
         if not bool(torch.isfinite(both).all()):
             raise DataError(
@@ -131,7 +136,10 @@ def space_directions(
     debias: bool = True,
     against: Iterable[str] | None = None,
 ) -> Directions:
-    """Directions of a space from the labelled training people of a data set, scored on those held out."""
+    """Directions of a space from the labelled training people of a data set, scored on those held out.
+
+    Raises DataError for a data set without labels, ConfigError for one that it lacks.
+    """
     if dataset.labels is None:
         line = command("dataset --labels CSV")
         raise DataError(f"This data set has no labels; make it with '{line}'.")
@@ -154,7 +162,7 @@ def space_directions(
 
 @torch.no_grad()
 def encode_rows(space: Space, dataset: VectorDataset) -> Tensor:
-    """Latents z [N, d] of every row, read in chunks."""
+    """Latents z [N, d] of every row, read in chunks. Raises DataError for LoRAs of another layout."""
     if space.layout.size != dataset.layout.size or space.layout.modules != dataset.layout.modules:
         raise DataError(
             f"The space has the layout '{space.layout.name}' (P = {space.layout.size}), the data set "

@@ -81,6 +81,9 @@ def fit_coefficients(
     may be off by 2.5 times that; the report says what was reached. Under `torchrun` ranks share
     the rows. With a checkpoint path the work is saved there and taken up again; same bits.
     `standardise` is the older name of two metrics: "parameter", and "global" for "raw".
+
+    Raises ConfigError for more components than the rows support, and for a tolerance or number of iterations out of
+    range.
     """
     metric = _metric(dataset, metric, standardise)
     n, p = len(dataset.training_rows), dataset.layout.size

@@ -54,7 +54,10 @@ class CollectionSettings:
 
 
 def lora_files(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
-    """The files named, and those in the folders named, with their subfolders, sorted."""
+    """The files named, and those in the folders named, with their subfolders, sorted.
+
+    Raises DataError for a folder without any.
+    """
     found: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
@@ -192,6 +195,8 @@ def collection_coefficients(space: Space) -> Coefficients:
     """Whitened coefficients [N, K] of a collection's own LoRAs: what a VAE on it is trained with.
 
     Every LoRA counts as a person of their own.
+
+    Raises ConfigError for a space that is no collection.
     """
     basis = space.basis
     if not isinstance(basis, DeltaBasis):
@@ -270,7 +275,10 @@ def compare_members(
 
 
 def member_weights(members: Sequence[Member], weights: Mapping[str, float] | None) -> Tensor:
-    """p [N], with the sum one."""
+    """p [N], with the sum one.
+
+    Raises ConfigError for a name that is not there and weights that are negative or of one member only.
+    """
     given = dict(weights or {})
     unknown = sorted(given.keys() - {m.name for m in members})
     if unknown:

@@ -49,7 +49,10 @@ class FlowTraining:
 
 @torch.no_grad()
 def with_flow(space: Space, data: Coefficients, training: FlowTraining | None = None) -> Space:
-    """The space with a flow fitted to its training people's latents; directions and a start belong to it afterwards."""
+    """The space with a flow fitted to its training people's latents; directions and a start belong to it afterwards.
+
+    Raises ConfigError where it has some already.
+    """
     if space.directions or space.start is not None:
         raise ConfigError(
             f"'{space.name}' has attribute directions or a start network, which live in its latents as they are. "
@@ -63,7 +66,10 @@ def with_flow(space: Space, data: Coefficients, training: FlowTraining | None = 
 
 
 def fit_flow(z: Tensor, training: FlowTraining | None = None) -> tuple[Flow, dict[str, Any]]:
-    """Latents z [N, d] of training people, standardised -> their flow, and a report of what was gained."""
+    """Latents z [N, d] of training people, standardised -> their flow, and a report of what was gained.
+
+    Raises DataError for too few people, or NaN.
+    """
     training = training or FlowTraining()
     if z.ndim != 2 or len(z) < FEWEST or not bool(torch.isfinite(z).all()):
         raise DataError(

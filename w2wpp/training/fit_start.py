@@ -103,7 +103,10 @@ class LabelMap:
 
     @classmethod
     def fit(cls, labels: Tensor, z: Tensor, *, penalty: float) -> LabelMap:
-        """By ridge regression on labels [N, L] and latents [N, d] of people."""
+        """By ridge regression on labels [N, L] and latents [N, d] of people.
+
+        Raises DataError where they are not as many.
+        """
         if len(labels) != len(z) or len(z) < 2:
             raise DataError(f"Labels and latents go by person. Got {len(labels)} and {len(z)}.")
         middle, weights, mean = ridge_regression(labels, z, penalty)
@@ -116,6 +119,8 @@ class LabelMap:
         picture. A linear fit read = z @ M + c does, and each answer moves by the shortest step after which it is
         expected to show the labels asked for. `damping` (in mean eigenvalues of M^T M) keeps labels that hardly show
         in any painting from claiming long steps.
+
+        Raises DataError for other sizes, or fewer paintings than latents.
         """
         if len(z) != len(read) or (z.shape[1], read.shape[1]) != self.weights.T.shape:
             raise DataError(

@@ -188,7 +188,10 @@ def gather_loras(
 
 
 def find_loras(folders: Sequence[str | os.PathLike[str]]) -> list[Path]:
-    """The LoRA files in folders and below: safetensors, and PyTorch's files where no safetensors is beside."""
+    """The LoRA files in folders and below: safetensors, and PyTorch's files where no safetensors is beside.
+
+    Raises DataError if there are none.
+    """
     found = set()
     for folder in folders:
         for path in Path(folder).rglob("*"):
@@ -335,7 +338,10 @@ _PLANS: dict[str, alike.Plan | bool | None] = {}
 def row_reader(
     paths: Sequence[Path], layout: Layout, gauge: str | Space, *, assume_family: bool = False
 ) -> RowReader:
-    """What reads files in the gauge asked for: "keep", "first" or that of a space."""
+    """What reads files in the gauge asked for: "keep", "first" or that of a space.
+
+    Raises ConfigError where the space has another layout.
+    """
     if isinstance(gauge, Space) and gauge.layout != layout:
         raise ConfigError(
             f"The space has the layout '{gauge.layout.name}'; give it as --layout too."

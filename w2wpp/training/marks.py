@@ -52,7 +52,10 @@ class Marked:
 
 
 def direction_from_marks(plus: Tensor, minus: Tensor, known: Mapping[str, Tensor]) -> Marked:
-    """plus [n, d] have it, minus [m, d] do not; `known` are the space's directions [d], which are left alone."""
+    """plus [n, d] have it, minus [m, d] do not; `known` are the space's directions [d], which are left alone.
+
+    Raises DataError where nobody is marked, the same people are, or `known` explains the difference.
+    """
     if not len(plus) or not len(minus):
         raise DataError(
             f"A new attribute needs faces that have it and faces that do not. Got {len(plus)} and {len(minus)}."

@@ -19,7 +19,7 @@ HISTORY_ROWS = 100
 def reconstruction_report(
     codec: Codec, data: Coefficients, singular_values: Tensor, splits: Mapping[str, Tensor]
 ) -> dict[str, float]:
-    """Weight-space R2 of the posterior mean for each non-empty split, {name: rows}."""
+    """Weight-space R2 of the posterior mean of coefficients [N, K] for each non-empty split, {name: rows}."""
     return _scores(lambda c: codec.decode(codec.encode(c).mean), data, singular_values, splits)
 
 

@@ -105,7 +105,7 @@ class Run:
         return ""
 
     def advance(self) -> Progress:
-        """One epoch."""
+        """One epoch. Raises DataError if the loss is no number."""
         n = len(self.c)
         order = torch.randperm(n, generator=self.generator).to(self.c.device)
         # Equal parts rather than a small last one, whose gradient would be mostly noise.

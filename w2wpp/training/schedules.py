@@ -52,7 +52,10 @@ OLDER_NAMES = {"seed": "original"}
 
 
 def kl_schedule(name: str, *, beta: float, warmup: float, epochs: float) -> Schedule:
-    """A schedule by name. `beta` is the final weight (the preset `original` brings its own), times are in epochs."""
+    """A schedule by name. `beta` is the final weight (the preset `original` brings its own), times are in epochs.
+
+    Raises ConfigError for an unknown name or negative numbers.
+    """
     name = OLDER_NAMES.get(name, name)
     if name not in SCHEDULES:
         raise ConfigError(f"KL annealing is one of {', '.join(SCHEDULES)}. Got {name!r}.")

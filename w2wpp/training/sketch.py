@@ -45,6 +45,8 @@ def sketch(
     pictures [M, C, H, W] as the model sees them (scaled latents), each shown with another noise and timestep; timesteps
     are spread evenly over the schedule. vectors [N, P] are points to linearise at: samples of a plain space, drawn in
     towards its mean, or LoRAs of the data set. What is random comes from the CPU ``generator``.
+
+    Raises ConfigError for shapes that do not fit, DataError for gradients that overflow.
     """
     if rows < 1 or batch < 1 or pictures.ndim != 4 or vectors.ndim != 2:
         raise ConfigError(
@@ -94,6 +96,9 @@ def functional_metric(
 
     s and t are the mean energies of the two parts over the training LoRAs' differences from their mean, so that
     ``damping`` compares like with like.
+
+    Raises ShapeError for rows of another layout, ConfigError for a damping of zero, DataError if the rows see nothing
+    vary.
     """
     if rows.ndim != 2 or rows.shape[1] != dataset.layout.size:
         raise ShapeError(
@@ -137,7 +142,10 @@ def save_sketch(
 
 
 def load_sketch(path: str | os.PathLike[str], layout: Layout) -> Tensor:
-    """Rows [n, P] of a sketch for this layout."""
+    """Rows [n, P] of a sketch for this layout.
+
+    Raises ConfigError for another layout, FormatError for another file.
+    """
     file = open_container(path, FORMAT)
     try:
         own, factor = Layout.from_json(file.config["layout"]), float(file.config["factor"])

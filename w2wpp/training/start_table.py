@@ -83,6 +83,8 @@ def fit_start_table(
     """Train a start network and write it into a copy of a space file, or into the file itself.
 
     Returns what was learned from, and how well held-out pictures are answered if there are any.
+
+    Raises DataError for tables that do not fit the space, ConfigError for a scale of zero.
     """
     if not scale > 0:
         raise ConfigError(f"The scale is positive. Got {scale:g}.")
@@ -167,7 +169,7 @@ def _by_person(paintings: Paintings, size: int) -> PaintedPeople:
 
 
 def read_table(path: Path, dataset: VectorDataset) -> PictureTable:
-    """Check everything that can be checked before a picture is opened."""
+    """Check everything that can be checked before a picture is opened. Raises DataError naming the line."""
     number = row_numbers(dataset.provenance, len(dataset))
     pictures, rows, values = [], [], []
     for where, picture, (person, *labels) in picture_lines(path, COLUMNS):
@@ -186,7 +188,7 @@ def read_table(path: Path, dataset: VectorDataset) -> PictureTable:
 
 
 def read_painted(path: Path, space: Space) -> Paintings:
-    """Paintings of identities of the space."""
+    """Paintings of identities of the space. Raises DataError naming the line."""
     pictures, z, files = [], [], {}
     for where, picture, (name, index, *_) in picture_lines(path, PAINTED):
         if name not in files:

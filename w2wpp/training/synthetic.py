@@ -129,7 +129,10 @@ class SyntheticRows:
 def synthetic_dataset(
     rows: int, layout: Layout, *, seed: int = 0, heldout: float = 0.1, **options: Any
 ) -> VectorDataset:
-    """A data set [rows, P] that exists only as far as it is read; two rows a person, whole persons held out."""
+    """A data set [rows, P] that exists only as far as it is read; two rows a person, whole persons held out.
+
+    Raises ConfigError for less than one row.
+    """
     if rows < 1:
         raise ConfigError(f"A data set has at least one row. Got {rows}.")
     identity = torch.arange(rows) // ROWS_PER_PERSON

@@ -20,6 +20,8 @@ def decomposed(delta: Tensor, parts: Parts, base: Tensor) -> Dense:
     PEFT (lora_magnitude_vector) and ai-toolkit (.magnitude): a length per output, of the changed
     weight. LyCORIS and kohya (dora_scale): a length per output or per input, told by the shape; per
     output ComfyUI divides by the lengths of W itself, and what it shows is what counts here.
+
+    Raises FormatError where sizes do not fit.
     """
     w, dw = base.double().flatten(1), delta.double()
     if w.shape != dw.shape:

@@ -87,5 +87,5 @@ class Kind(Protocol):
 
 
 def scaled(a: Tensor, b: Tensor, scale: float) -> Product:
-    """scale * b a."""
+    """scale * b a of a [r, in] and b [out, r] -> [out, in]."""
     return Product(a, b if scale == 1.0 else b * scale)
