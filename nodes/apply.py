@@ -15,7 +15,13 @@ class ApplyDecodedLora(io.ComfyNode):
             display_name="W2W++ Apply Decoded LoRA",
             description="Makes a model paint a person: decodes the identity to LoRA weights and adds them to a copy "
             "of the model. Several people give a list of models; the nodes that follow run once for each.",
-            search_aliases=["apply identity", "identity lora", "weights2weights", "load lora"],
+            search_aliases=[
+                "consistent character",
+                "apply identity",
+                "identity lora",
+                "load lora",
+                "weights2weights",
+            ],
             inputs=[
                 io.Model.Input(
                     "model",
@@ -51,7 +57,7 @@ class ApplyDecodedLora(io.ComfyNode):
                 LoraSocket.Output(
                     display_name="lora",
                     is_output_list=True,
-                    tooltip="The same identity as a LoRA at full strength, for the host's own Load LoRA Model and "
+                    tooltip="The same identity as a LoRA at full strength, for ComfyUI's own Load LoRA Model and "
                     "Save LoRA Weights; one for each person.",
                 ),
             ],

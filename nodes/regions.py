@@ -13,7 +13,7 @@ class IdentityHooks(io.ComfyNode):
         return schema(
             node_id="W2WPP_IdentityHooks",
             display_name="W2W++ Identity Hooks",
-            description="Makes a part of the picture show a person: the host's nodes Cond Pair Set Props take the "
+            description="Makes a part of the picture show a person: ComfyUI's nodes Cond Pair Set Props take the "
             "hooks with a mask, so that several people can be in one picture, each in their own place.",
             search_aliases=[
                 "two people",

@@ -223,7 +223,10 @@ def load_pictures(path: str | os.PathLike[str]) -> Tensor | None:
             return None
         shape = file.require("pictures", (None, None, None, 3), torch.uint8).shape
         if 0 in shape or max(shape[1:3]) > LARGEST_PICTURE or shape[0] > MOST_PICTURES:
-            raise FormatError(f"{path}: pictures of the size {list(shape)} are none.")
+            raise FormatError(
+                f"{path}: pictures of the size {list(shape)} are not what w2wpp saves: 1 to {MOST_PICTURES} of at most "
+                f"{LARGEST_PICTURE} x {LARGEST_PICTURE} pixels. Save the identity again."
+            )
         return file.read("pictures")
 
 

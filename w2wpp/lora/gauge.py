@@ -27,6 +27,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from ..basis import Basis
@@ -60,8 +61,7 @@ class Distance:
 
     def times(self, u: Tensor) -> Tensor:
         """Q u, [M, 2 r^2]."""
-        n = u.numel()
-        return (self.quadratic.reshape(n, n) @ u.flatten()).view_as(u)
+        return torch.einsum("mpnq,nq->mp", self.quadratic, u)
 
 
 def factor(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
@@ -191,8 +191,9 @@ def _distance_to(problem: _Problem, target: Tensor) -> Distance:
 
 
 def _shaped(quadratic: Tensor, linear: Tensor, constant: float, problem: _Problem) -> Distance:
-    m, n = len(problem.names), 2 * problem.rank**2
-    return Distance(quadratic.view(m, n, m, n), linear.view(m, n), constant, problem.rank)
+    m = len(problem.names)
+    quadratic = rearrange(quadratic, "(m p) (n q) -> m p n q", m=m, n=m)
+    return Distance(quadratic, rearrange(linear, "(m p) -> m p", m=m), constant, problem.rank)
 
 
 def _least(distance: Distance, starts: Sequence[Tensor]) -> Tensor:
@@ -224,7 +225,7 @@ def _gauss_newton(distance: Distance, g: Tensor) -> tuple[Tensor, float]:
         j = _jacobian(g)
         gradient = torch.einsum("mpa,mp->ma", j, distance.times(_u(g)) - distance.linear).flatten()
         half = torch.einsum("mpnq,nqb->mpnb", distance.quadratic, j)
-        hessian = torch.einsum("mpa,mpnb->manb", j, half).reshape(m * r * r, m * r * r)
+        hessian = rearrange(torch.einsum("mpa,mpnb->manb", j, half), "m a n b -> (m a) (n b)")
         scale = hessian.diagonal().clamp_min(1e-12 * (1.0 + float(hessian.diagonal().max())))
         x = torch.linalg.solve(hessian + torch.diag(damping * scale), -gradient).clamp(-1.0, 1.0)
         turned = g @ torch.matrix_exp(x.view(m, r, r))
@@ -258,7 +259,7 @@ def _flip_signs(distance: Distance, g: Tensor) -> tuple[Tensor, int]:
 
 def _u(g: Tensor) -> Tensor:
     """[M, 2 r^2] of gauges [M, r, r]."""
-    return torch.cat([torch.linalg.inv(g).flatten(1), g.flatten(1)], dim=1)
+    return rearrange([torch.linalg.inv(g), g], "which m i k -> m (which i k)")
 
 
 def _jacobian(g: Tensor) -> Tensor:
@@ -266,8 +267,7 @@ def _jacobian(g: Tensor) -> Tensor:
     eye = torch.eye(g.shape[-1], dtype=g.dtype)
     of_inverse = -torch.einsum("ia,mbk->mikab", eye, torch.linalg.inv(g))
     of_gauge = torch.einsum("mia,kb->mikab", g, eye)
-    parts = (t.flatten(3).flatten(1, 2) for t in (of_inverse, of_gauge))
-    return torch.cat(list(parts), dim=1)
+    return rearrange([of_inverse, of_gauge], "which m i k a b -> m (which i k) (a b)")
 
 
 def _free_starts(distance: Distance) -> Iterator[Tensor]:
@@ -275,7 +275,7 @@ def _free_starts(distance: Distance) -> Iterator[Tensor]:
     m, n = distance.linear.shape
     if m * n > FREE:
         return
-    flat = distance.quadratic.reshape(m * n, m * n)
+    flat = rearrange(distance.quadratic, "m p n q -> (m p) (n q)")
     # Columns of unit length: what is small next to the others still counts.
     length = flat.diagonal().clamp_min(1e-30).sqrt()
     values, vectors = torch.linalg.eigh(flat / length / length[:, None])
@@ -290,7 +290,7 @@ def _gauges_of(u: Tensor, r: int) -> Iterator[Tensor]:
 
     H G = c 1 means that G is off by the root of c, which is taken out.
     """
-    h, g = u[:, : r * r].reshape(-1, r, r), u[:, r * r :].reshape(-1, r, r)
+    h, g = rearrange(u, "m (which i k) -> which m i k", which=2, i=r)
     product = (torch.linalg.det(h).abs() * torch.linalg.det(g).abs()).clamp_min(1e-30)
     scale = product.pow(1.0 / (2 * r))[:, None, None]
     for candidate in (g / scale, torch.linalg.pinv(h) * scale):
