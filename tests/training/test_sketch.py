@@ -110,6 +110,18 @@ def test_both_parts_of_the_metric_have_the_energies_it_promises(model, pictures,
     assert (difference * metric.scale).square().sum(1).mean() == pytest.approx(0.25, rel=1e-3)
 
 
+def test_the_rows_that_are_kept_see_what_people_differ_in(model, pictures, dataset):
+    """Many rows that see the same few things become as few rows; energies of differences stay."""
+    training = dataset.vectors(dataset.training_rows)
+    rows = rows_of(model, pictures, training, rows=300, batch=60)
+    whole, few = (functional_metric(dataset, rows, keep=n) for n in (300, 24))
+    assert few.rows.shape == (24, dataset.layout.size) and len(whole.rows) == 300
+    difference = dataset.vectors(dataset.heldout_rows) - training.mean(0)
+    energies = [(difference @ m.rows.T).square().sum(1) for m in (whole, few)]
+    assert torch.allclose(*energies, rtol=0.05)
+    assert (energies[1] <= energies[0] * 1.0001).all()
+
+
 def test_encoding_a_point_of_the_space_gives_it_back(model, pictures, dataset):
     rows = rows_of(model, pictures, dataset.vectors(dataset.training_rows), rows=60, batch=60)
     basis = fit_coefficients(dataset, 5, metric=functional_metric(dataset, rows)).basis
@@ -147,7 +159,7 @@ def test_fit_basis_takes_a_sketch(run, model, pictures, dataset, layout, tmp_pat
     ("rows", "damping", "error", "match"),
     [
         (torch.zeros(4, 7), 0.1, ShapeError, "rows"),
-        (None, 0.0, ConfigError, "damping"),
+        (None, 0.0, ConfigError, "positive damping"),
         (None, 0.1, DataError, "Nothing varies"),
     ],
 )

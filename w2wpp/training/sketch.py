@@ -26,6 +26,7 @@ from .dataset import VectorDataset
 
 FORMAT = "w2wpp.sketch"
 NAME = "functional"
+KEPT = 256  # rows of a metric; a sketch of the shipped world loses nothing at 128
 DAMPING = 0.1  # weight of the parameter metric beside the sketch: keeps what n rows do not see
 
 
@@ -90,34 +91,42 @@ def _rows(
 
 
 def functional_metric(
-    dataset: VectorDataset, rows: Tensor, *, damping: float = DAMPING
+    dataset: VectorDataset, rows: Tensor, *, damping: float = DAMPING, keep: int = KEPT
 ) -> SketchMetric:
     """<a, b> = (F a)(F b) / (n s) + damping (a / std)(b / std) / t on differences of vectors, for rows F [n, P].
 
     s and t are the mean energies of the two parts over the training LoRAs' differences from their mean, so that
-    ``damping`` compares like with like.
+    ``damping`` compares like with like. Files hold the rows, so of all their rotations the one is taken whose first
+    ``keep`` rows see most of the training LoRAs' differences, and the others are left out.
 
-    Raises ShapeError for rows of another layout, ConfigError for a damping of zero, DataError if the rows see nothing
-    vary.
+    Raises ShapeError for rows of another layout, ConfigError for a damping of zero or no rows, DataError if the rows
+    see nothing vary.
     """
     if rows.ndim != 2 or rows.shape[1] != dataset.layout.size:
         raise ShapeError(
             f"A sketch of this data set's layout has rows [n, {dataset.layout.size}]. Got {list(rows.shape)}."
         )
-    if not 0 < damping < float("inf"):
-        raise ConfigError(f"The damping of a functional metric is positive. Got {damping}.")
+    if not 0 < damping < float("inf") or keep < 1:
+        raise ConfigError(
+            f"A functional metric has a positive damping and keeps rows. Got {damping=} and {keep=}."
+        )
     mean, std = _moments(dataset)
-    seen, plain = 0.0, 0.0
+    plain, between = 0.0, torch.zeros(len(rows), len(rows), dtype=torch.float64)
     unit = torch.where(std > 1e-8 * std.max(), 1 / std.clamp_min(1e-30), 0.0).float()
     for _, w in dataset.chunks(dataset.training_rows):
         difference = w - mean
-        seen += float((difference @ rows.T).square().sum(dtype=torch.float64)) / len(rows)
+        effect = (difference @ rows.T).double()  # [chunk, n]
+        between += effect.T @ effect
         plain += float((difference * unit).square().sum(dtype=torch.float64))
-    count = len(dataset.training_rows)
+    count, seen = len(dataset.training_rows), float(between.trace()) / len(rows)
     if not seen > 0 or not plain > 0:
         raise DataError("Nothing varies among the training LoRAs as far as this sketch can see.")
     scale = (damping / (plain / count)) ** 0.5 * unit
-    return SketchMetric(scale, rows / (len(rows) * seen / count) ** 0.5, NAME)
+    unit_rows = rows / (len(rows) * seen / count) ** 0.5
+    if keep < len(rows):
+        turned = torch.linalg.eigh(between).eigenvectors.flip(1)[:, :keep].T
+        unit_rows = turned.float() @ unit_rows
+    return SketchMetric(scale, unit_rows, NAME)
 
 
 def _moments(dataset: VectorDataset) -> tuple[Tensor, Tensor]:
