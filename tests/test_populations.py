@@ -12,8 +12,8 @@ from w2wpp.populations import (
     energy_distance,
     floor_of,
     modes_of,
+    neighbourhoods,
     ratio_of_distances,
-    reference_of,
     undecided,
 )
 
@@ -100,8 +100,10 @@ def test_dropped_groups_cost_coverage_and_crowding_raises_density():
     assert coverage(dropped, real).mean() < 0.55
     assert density(alike, real).mean() == pytest.approx(1.0, abs=0.2)
     assert density(narrow, real).mean() > 1.5
-    reference = reference_of(real)
+    reference = neighbourhoods(real)
     assert 0.7 < reference["coverage"] <= 1 and reference["density"] == pytest.approx(1, abs=0.2)
+    assert neighbourhoods(real, alike)["coverage"] == pytest.approx(reference["coverage"], abs=0.07)
+    assert neighbourhoods(real, dropped)["coverage"] < 0.6 * reference["coverage"]
 
 
 def test_two_groups_are_bimodal_and_a_gaussian_is_not():

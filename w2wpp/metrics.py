@@ -81,16 +81,6 @@ def likeness_between(embeddings: Tensor) -> Tensor:
     return (means @ means.sum(0) - means.square().sum(-1)) / (len(means) - 1)
 
 
-def frechet_distance(first: Tensor, second: Tensor) -> float:
-    """Squared Frechet distance between Gaussians fitted to [N, D] and [N', D] (Dowson & Landau 1982)."""
-    first, second = first.double(), second.double()
-    mean_gap = (first.mean(0) - second.mean(0)).square().sum()
-    one, two = torch.cov(first.T), torch.cov(second.T)
-    # The eigenvalues of a product of two positive semi-definite matrices are real and not negative.
-    root = torch.linalg.eigvals(one @ two).real.clamp_min(0).sqrt().sum()
-    return (mean_gap + one.trace() + two.trace() - 2 * root).item()
-
-
 def nearest_cosine(embeddings: Tensor, known: Tensor) -> Tensor:
     """Cosine of each identity [N, D] to the nearest known one [N', D] -> [N]."""
     return (F.normalize(embeddings, dim=-1) @ F.normalize(known, dim=-1).T).amax(1)

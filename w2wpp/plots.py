@@ -64,6 +64,36 @@ def plot_curves(curves: Mapping[str, list[tuple[float, float]]], path: Path) -> 
     _save(plt, figure, path)
 
 
+def plot_sizes(
+    lines: Mapping[str, list[tuple[float, float, float, float]]], path: Path, size: str, value: str
+) -> None:
+    """(size, mean, low, high) of each line, over sizes that double; intervals as bars."""
+    plt = _pyplot()
+    figure, axis = plt.subplots(figsize=(7, 4.2))
+    for number, (name, points) in enumerate(lines.items()):
+        x, mean, low, high = (torch.tensor(column, dtype=torch.float64) for column in zip(*points))
+        aside = x * 1.012 ** (number - len(lines) / 2)  # so that bars do not hide each other
+        bars = torch.stack([mean - low, high - mean]).clamp_min(0).tolist()
+        axis.errorbar(
+            aside.tolist(),
+            mean.tolist(),
+            bars,
+            marker="o",
+            markersize=3,
+            linewidth=1.2,
+            elinewidth=0.6,
+            label=name,
+        )
+    ticks = sorted({point[0] for points in lines.values() for point in points})
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axis.minorticks_off()
+    axis.set_xlabel(size)
+    axis.set_ylabel(value)
+    axis.legend(fontsize=7)
+    _save(plt, figure, path)
+
+
 def _pyplot() -> Any:
     try:
         import matplotlib

@@ -108,16 +108,21 @@ def density(sampled: Tensor, real: Tensor, *, neighbours: int = NEIGHBOURS) -> T
     return _inside(sampled, real, neighbours).sum(1).double() / neighbours
 
 
-def reference_of(crowd: Tensor, *, splits: int = SPLITS, seed: int = 0) -> dict[str, float]:
-    """Coverage and density that one half of a real crowd [N, D] has of the other, in the mean over random halves.
+def neighbourhoods(
+    real: Tensor, sampled: Tensor | None = None, *, splits: int = SPLITS, seed: int = 0
+) -> dict[str, float]:
+    """Coverage and density of one half of the real crowd [N, D] by as many sampled people [M, D], in the mean over
+    random halves; without sampled people by the other half, which is what real people reach.
 
-    Coverage rises with the number of people sampled: for a fair comparison sample as many as there are in a half.
+    Coverage rises with the number of people, so that only equal numbers compare.
     """
-    pairs = list(_halves(crowd, splits, seed))
-    return {
-        "coverage": float(torch.stack([coverage(a, b).mean() for a, b in pairs]).mean()),
-        "density": float(torch.stack([density(a, b).mean() for a, b in pairs]).mean()),
-    }
+    found, generator = [], torch.Generator().manual_seed(seed)
+    for one, other in _halves(real, splits, seed):
+        if sampled is not None:
+            other = sampled[torch.randperm(len(sampled), generator=generator)[: len(other)]]
+        found.append((float(coverage(other, one).mean()), float(density(other, one).mean())))
+    means = torch.tensor(found, dtype=torch.float64).mean(0).tolist()
+    return dict(zip(("coverage", "density"), means))
 
 
 def bimodality(values: Tensor) -> float:

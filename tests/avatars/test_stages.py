@@ -60,7 +60,7 @@ def shelf(make_space, dataset, tmp_path):
     trained.mkdir()
     models.mkdir()
 
-    for name, codec in ((DEFAULT, "vae-skip"), (LINEAR, "pca")):
+    for name, codec in ((DEFAULT.name, "vae-skip"), (LINEAR.name, "pca")):
         space = make_space(codec).with_(directions={}, provenance={})
         save_space(space, trained / f"{name}.safetensors")
     return people, trained, models
@@ -91,8 +91,8 @@ def test_other_latents_are_shipped_only_if_told_to(shelf):
     save_space(space.with_(directions={"smile": torch.ones(space.latent_size)}), path)
     before = {p.name: p.read_bytes() for p in models.iterdir()}
     moved = torch.full((space.latent_size,), 0.5)
-    other = replace(load_space(trained / f"{DEFAULT}.safetensors"), prior_mean=moved)
-    save_space(other, trained / f"{DEFAULT}.safetensors")
+    other = replace(load_space(trained / f"{DEFAULT.name}.safetensors"), prior_mean=moved)
+    save_space(other, trained / f"{DEFAULT.name}.safetensors")
     with pytest.raises(ConfigError, match=r"holds directions for other latents.*--replace"):
         ship(people, trained, models)
     assert {p.name: p.read_bytes() for p in models.iterdir()} == before

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ... import identity as identities
@@ -22,10 +21,7 @@ from ...metrics import (
     consistency,
     estimate,
     explained_variance,
-    frechet_distance,
     id_scores,
-    likeness_between,
-    nearest_cosine,
     path_roughness,
     pose_diversity,
 )
@@ -37,6 +33,7 @@ from ..build.loras import LoraSet
 from ..world.painter import GUIDANCE
 from ..world.renderer import sample_nuisance
 from ..world.studio import Shots, Studio, open_studio
+from .population import crowd_row, readings, reference_row, unit
 from .sheets import Strip, save_sheet
 
 SHEET = 12  # faces of a space on a sheet
@@ -91,29 +88,27 @@ def evaluate_spaces(
     return rows
 
 
-def reference_rows(protocol: Protocol) -> tuple[dict[str, Row], Tensor]:
-    """What real LoRAs of held-out people reach and what nobody's does; and their traits [N, 20]."""
+def reference_rows(protocol: Protocol) -> tuple[dict[str, Row], Shots]:
+    """What real LoRAs of held-out people reach and what nobody's does; and what is seen of the former."""
     dataset, studio = load_dataset(protocol.dataset), protocol.studio()
     held, identity = _heldout(dataset, protocol)
     own = studio.photograph(held, dataset.layout)
     mean = _training_mean(dataset)
     middle = studio.photograph(mean.expand(len(held), -1), dataset.layout)
-    known = _known_faces(dataset)
-    real = own.traits.mean(1)
     rows = {
         "own LoRA": {
             **_faces_row(own, identity),
-            **_population_row(own, real, known),
+            **reference_row(own, _known_faces(dataset), unit(identity), dataset.label_names),
             "weight_r2": _json(torch.ones(len(held))),
         },
-        "another's LoRA": {"id_score": _json(id_scores(own.embeddings, identity.roll(1, 0)))},
+        "another's LoRA": _id_row(own, identity.roll(1, 0)),
         "mean LoRA": {**_faces_row(middle, identity), "weight_r2": _json(torch.zeros(len(held)))},
     }
-    return rows, real
+    return rows, own
 
 
-def judge_space(path: Path, protocol: Protocol, real: Tensor) -> Row:
-    """Everything that is measured of one space; ``real`` [N, 20] are traits of real LoRAs."""
+def judge_space(path: Path, protocol: Protocol, real: Shots) -> Row:
+    """Everything that is measured of one space; ``real`` is what is seen of real LoRAs."""
     space, dataset, studio = load_space(path), load_dataset(protocol.dataset), protocol.studio()
     if space.layout != dataset.layout:
         raise LayoutMismatch(
@@ -136,7 +131,7 @@ def judge_space(path: Path, protocol: Protocol, real: Tensor) -> Row:
         "latent": space.latent_size,
         "weight_r2": _json(explained_variance(held, reconstruction, mean)),
         **_faces_row(rebuilt, identity),
-        **_population_row(imagined, real, _known_faces(dataset)),
+        **crowd_row(imagined, real, _known_faces(dataset), unit(identity), dataset.label_names),
         **_paths_row(space, drawn, studio, protocol),
     }
 
@@ -157,26 +152,24 @@ def _known_faces(dataset: VectorDataset) -> Tensor:
     """True identities of the training people, as unit vectors [N, 20], drawn again from their seed."""
     world = dataset.provenance["world"]
     people = LoraSet(people=world["people"], heldout=world["heldout"], seed=world["seed"])
-    return F.normalize(people.identities()[~people.heldout_flags()], dim=-1)
+    return unit(people.identities()[~people.heldout_flags()])
 
 
 def _faces_row(shots: Shots, identity: Tensor) -> Row:
     """Whose faces these are, and whether the prompt still steers."""
     photographs = sample_nuisance(2_000, generator=torch.Generator().manual_seed(0)).pose
     return {
-        "id_score": _json(id_scores(shots.embeddings, identity)),
+        **_id_row(shots, identity),
         "prompt_adherence": _json(shots.prompt_adherence()),
         "pose_diversity": _json(pose_diversity(shots.pose, photographs)),
     }
 
 
-def _population_row(shots: Shots, real: Tensor, known: Tensor) -> Row:
-    """Sampled identities as a crowd: like themselves, unlike each other, spread as real ones are, none copied."""
+def _id_row(shots: Shots, identity: Tensor) -> Row:
+    """ID scores, by every reader."""
     return {
-        "consistency": _json(consistency(shots.embeddings)),
-        "diversity": _json(1 - likeness_between(shots.embeddings)),
-        "frechet": frechet_distance(shots.traits.mean(1), real),
-        "nearest_training": _json(nearest_cosine(shots.faces, known)),
+        f"id_score{suffix}": _json(id_scores(some.embeddings, identity))
+        for suffix, some in readings(shots).items()
     }
 
 
@@ -208,8 +201,10 @@ def _row_name(path: Path) -> str:
 
 
 COLUMNS = {
-    "latent": "d", "weight_r2": "weight R2", "id_score": "ID score", "prompt_adherence": "prompt adherence",
-    "pose_diversity": "pose", "consistency": "consistency", "diversity": "diversity", "frechet": "Frechet",
+    "latent": "d", "weight_r2": "weight R2", "id_score": "ID score", "id_score_independent": "ID, independent",
+    "prompt_adherence": "prompt adherence",
+    "pose_diversity": "pose", "consistency": "consistency", "diversity": "diversity", "energy": "energy",
+    "coverage": "coverage", "density": "density",
     "nearest_training": "nearest", "path_roughness": "roughness", "midpoint_quality": "midpoint",
 }  # fmt: skip
 OLDER_KEYS = {"prompt_adherence": "token_obedience"}  # in results of earlier releases
