@@ -8,11 +8,14 @@ from .collections import CompareLoras, SpaceFromLoras
 from .edits import EditIdentity
 from .encoding import EncodeLora
 from .explore import Explore
+from .fitting import FitSpace
 from .host import folders, gallery
 from .identities import Interpolate, PickIdentity, SampleIdentity
 from .identity_files import LoadIdentity, SaveIdentity
+from .imports import ImportFiles
 from .inversion import InvertFromImage
 from .mixing import Mix
+from .people import TrainPeople
 from .regions import IdentityHooks
 from .sliders import Sliders
 from .spaces import LoadSpace, SpaceInfo
@@ -21,6 +24,9 @@ NODES: list[type[io.ComfyNode]] = [
     LoadSpace,
     Explore,
     SpaceFromLoras,
+    ImportFiles,
+    TrainPeople,
+    FitSpace,
     SampleIdentity,
     InvertFromImage,
     EncodeLora,

@@ -1,13 +1,16 @@
 """Spaces of identities, from files."""
 
 from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from comfy_api.latest import io, ui
 
 from .. import w2wpp
 from ..w2wpp.attributes import extended
-from .host import attributes, folders, tensors
+from .host import attributes, folders, official, tensors
+from .host.progress import steps_shown, tell
 from .types import SpaceSocket, schema
 
 DEFAULT_SPACE = "avatars.safetensors"
@@ -27,7 +30,8 @@ class LoadSpace(io.ComfyNode):
                     "space",
                     options=names,
                     default=DEFAULT_SPACE if DEFAULT_SPACE in names else None,
-                    tooltip="A space shipped with this pack, or one of your own from models/w2wpp/.",
+                    tooltip="A space shipped with this pack, or one of your own from models/w2wpp/. A folder of "
+                    "official weights2weights files is imported at its first use.",
                 )
             ],
             outputs=[
@@ -36,6 +40,7 @@ class LoadSpace(io.ComfyNode):
                     tooltip="The opened space. Its weights are read from the file when they are first needed.",
                 )
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -45,12 +50,23 @@ class LoadSpace(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, space: str = ""):
         added = attributes.attributes_stamp(folders.space_header(space).fingerprint)
-        return f"{folders.file_stamp(folders.space_path(space))} {added}"
+        return f"{folders.space_stamp(space)} {added}"
 
     @classmethod
     def execute(cls, space: str) -> io.NodeOutput:
+        node, path = cls.hidden.unique_id, folders.space_path(space)
+        dropped, done = folders.official_folder(space), ""
         with tensors.ordinary_tensors():
-            opened = w2wpp.load_space(folders.space_path(space))
+            if dropped is not None:
+                done = official.import_folder(
+                    dropped,
+                    Path(path),
+                    f"models/w2wpp/{space.removesuffix(official.TITLE)}",
+                    say=partial(tell, node),
+                    progress=partial(steps_shown, node),
+                )
+            opened = w2wpp.load_space(path)
+            tell(node, f"{done}\nlicence: {opened.licence or 'not stated'}".strip())
             return io.NodeOutput(extended(opened, attributes.attributes_of(opened)))
 
 

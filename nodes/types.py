@@ -10,6 +10,7 @@ from ..w2wpp.errors import ConfigError, SpaceMismatch
 
 SpaceSocket = io.Custom("W2W_SPACE")  # carries a Space
 IdentitySocket = io.Custom("W2W_IDENTITY")  # carries People
+DatasetSocket = io.Custom("W2W_DATASET")  # carries a VectorDataset
 LoraSocket = io.Custom("LORA_MODEL")  # the host's own: a LoRA as a state dict in kohya's spelling
 HooksSocket = io.Custom("HOOKS")  # the host's own: what acts on a part of the picture
 

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from w2wpp import AffineBasis, Space, build_codec, transformer_layout
+from w2wpp import SD15, AffineBasis, Space, build_codec, transformer_layout
 from w2wpp.cli import main
 from w2wpp.training.coefficients import project_dataset
 from w2wpp.training.dataset import VectorDataset
@@ -50,6 +50,31 @@ def basis(dataset):
 @pytest.fixture(scope="session")
 def coefficients(dataset, basis):
     return project_dataset(dataset, basis)
+
+
+@pytest.fixture(scope="session")
+def official():
+    """What a folder of official files holds, {name: value}: the real P, few components, few people."""
+    g = generator(3)
+    p = SD15.size
+    std = 0.01 + 0.02 * torch.rand(p, generator=g)
+    std[[5, 70_000]] *= -1
+    std[11] = 0.0
+    v = torch.linalg.qr(torch.randn(p, 6, generator=g)).Q
+    spread = torch.tensor([30.0, 20.0, 12.0, 7.0, 4.0, 2.0])
+    coefficients = torch.randn(50, 6, generator=g) * spread + 0.3 * spread
+    dimensions = {}
+    for m in SD15.modules:
+        name = f"base_model.model.{m.name}"
+        dimensions[f"{name}.lora_A.weight"] = ((m.in_features,), torch.Size([1, m.in_features]))
+        dimensions[f"{name}.lora_B.weight"] = ((m.out_features,), torch.Size([m.out_features, 1]))
+    return {
+        "mean.pt": 0.01 * torch.randn(p, generator=g),
+        "std.pt": std,
+        "V.pt": v.contiguous(),
+        "proj_1000pc.pt": coefficients,
+        "weight_dimensions.pt": dimensions,
+    }
 
 
 @pytest.fixture(scope="session")

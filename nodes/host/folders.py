@@ -15,11 +15,12 @@ from torch import Tensor
 import nodes  # the host's, not this package
 
 from ...w2wpp import Identity, load_space, save_identity
-from ...w2wpp.commands import command
 from ...w2wpp.errors import ConfigError, W2WError, WriteError
 from ...w2wpp.files.container import peek_metadata
 from ...w2wpp.files.names import portable_name
 from ...w2wpp.files.writing import is_leftover
+from ...w2wpp.imports.downloads import SOURCE
+from . import official
 
 PACK = Path(__file__).parents[2]
 BUNDLED = PACK / "models"
@@ -27,6 +28,10 @@ EXAMPLES = BUNDLED / "example_loras"
 EXAMPLE_LORAS = "eight avatars (shipped)"
 CATEGORY = "w2wpp"  # the folder under the host's models/, and its name in extra_model_paths.yaml
 ENDING = ".safetensors"
+SD15_HELP = (
+    "A space for Stable Diffusion 1.5 is made from the official weights2weights files, for non-commercial use: "
+    f"download the folder 'files' of {SOURCE} into models/{CATEGORY}/, call it 'w2w', and choose 'w2w{official.TITLE}'."
+)
 SPACE, IDENTITY = "w2wpp.space", "w2wpp.identity"  # what files say that they are
 
 
@@ -49,27 +54,44 @@ def register_help() -> None:
 
 
 def space_names() -> list[str]:
-    """Names of the files that hold spaces, or may: one that can't be read stays, so that loading it says why."""
+    """Names of the files that hold spaces, or may: one that can't be read stays, so that loading it says why. Then
+    the folders of official files, which are imported when they are first used."""
+    return [*_space_files(), *official.official_folders(category_folders())]
+
+
+def _space_files() -> list[str]:
     return [name for name, path in model_files().items() if stored_format(path) in (SPACE, None)]
 
 
+def official_folder(name: str) -> Path | None:
+    """The folder of official files that a name stands for, as `space_names` lists it or as its space will be called."""
+    return None if name in _space_files() else official.folder_of(name, category_folders())
+
+
+def category_folders() -> list[str]:
+    """Where the user's own spaces are looked for."""
+    return [f for f in folder_paths.get_folder_paths(CATEGORY) if f != str(BUNDLED)]
+
+
 def space_path(name: str) -> str:
-    """The path of a space by the name that the node shows. Raises an error that names what there is."""
-    if name not in space_names():
+    """The path of a space by the name that the node shows; that of a folder of official files need not be there yet.
+    Raises an error that names what there is."""
+    files = _space_files()
+    imported = None if name in files else official.space_of(name, category_folders())
+    if imported is not None:
+        return str(imported)
+    if name not in files:
         raise ConfigError(
             f"There is no space {name!r} in models/{CATEGORY}/. Installed are: {', '.join(space_names()) or 'none'}. "
-            f"{_sd15_help()} Then press R to refresh the lists."
+            f"{SD15_HELP} Then press R to refresh the lists."
         )
     return model_files()[name]
 
 
-def _sd15_help() -> str:
-    target = Path(folder_paths.models_dir, CATEGORY, "w2w.safetensors")
-    line = command(f'import-w2w files -o "{target}"')
-    return (
-        "A space for Stable Diffusion 1.5 is made from the official weights2weights files, for non-commercial use: "
-        f"download the folder 'files' of https://huggingface.co/snap-research/weights2weights and run '{line}'."
-    )
+def space_stamp(name: str) -> str:
+    """Changes whenever a space does, but not when a folder of official files is imported."""
+    folder = official_folder(name)
+    return file_stamp(space_path(name) if folder is None else folder / "V.pt")
 
 
 def space_header(name: str) -> SpaceHeader:
@@ -121,14 +143,19 @@ def loras_in(folder: str) -> dict[str, Path]:
     return {name: Path(lora_path(inside[name])) for name in sorted(inside)}
 
 
-def new_space_file(name: str) -> Path:
-    """Where a space of this name is saved; only a space that was made of LoRAs is replaced."""
+def space_place(name: str) -> Path:
+    """Where a space of this name lies among the user's own, whether there is one or not."""
     root = Path(folder_paths.models_dir, CATEGORY)
     if _leads_out(root, name):
         raise ConfigError(
             f"Spaces are saved in models/{CATEGORY}/ only; the name {name[:60]!r} leads out of it."
         )
-    path = root / (portable_name(name.removesuffix(ENDING), "my LoRAs") + ENDING)
+    return root / (portable_name(name.removesuffix(ENDING), "my LoRAs") + ENDING)
+
+
+def new_space_file(name: str) -> Path:
+    """Where a space of this name is saved; only a space that was made of LoRAs is replaced."""
+    root, path = Path(folder_paths.models_dir, CATEGORY), space_place(name)
     if os.path.lexists(path) and not _is_of_loras(path):
         raise ConfigError(
             f"models/{CATEGORY}/{path.relative_to(root).as_posix()} is there already, and is no space made of LoRAs. "

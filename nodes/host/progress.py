@@ -48,7 +48,12 @@ class Watch:
 
     def tell(self, text: str) -> None:
         """Write on the node."""
-        PromptServer.instance.send_progress_text(text, self._node)
+        tell(self._node, text)
+
+
+def tell(node: str, text: str) -> None:
+    """Write on a running node."""
+    PromptServer.instance.send_progress_text(text, node)
 
 
 def steps_shown(node: str, what: str) -> Callable[[int, int], None]:
@@ -58,6 +63,6 @@ def steps_shown(node: str, what: str) -> Callable[[int, int], None]:
     def show(done: int, of: int) -> None:
         comfy.model_management.throw_exception_if_processing_interrupted()
         bar.update_absolute(done, of)
-        PromptServer.instance.send_progress_text(f"{what} {done} of {of}", node)
+        tell(node, f"{what} {done:,} of {of:,}")
 
     return show

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -252,6 +253,17 @@ def test_users_errors_are_one_line_and_exit_code_1(run, space_file, make_space):
         code, result, err = run(*arguments)
         assert code == 1 and result is None
         assert err.startswith("w2wpp: ") and err.count("\n") == 1 and message in err
+
+
+def test_the_pages_say_of_every_verb_which_node_does_it():
+    page = (ROOT / "docs" / "nodes.md").read_text(encoding="utf-8")
+    table = page.partition("| command | node |")[2].partition("\n\n")[0]
+    said = {
+        verb
+        for line in table.splitlines()
+        for verb in re.findall(r"`([a-z0-9-]+)`", line.split("|")[1] if "|" in line else "")
+    }
+    assert said == set(build_parser()._subparsers._group_actions[0].choices)
 
 
 def test_wrong_usage_is_exit_code_2(run):

@@ -188,4 +188,4 @@ def test_a_space_that_is_not_there_is_refused_with_where_to_get_one(host: Host) 
     message = str(failure.value)
     assert "There is no space 'w2w.safetensors'" in message and "avatars.safetensors" in message
     assert "https://huggingface.co/snap-research/weights2weights" in message
-    assert "w2wpp import-w2w files -o" in message
+    assert "choose 'w2w (official files)'" in message

@@ -17,6 +17,9 @@ from .server import PACK_FOLDER, REPO, Host, PromptFailed
 NAMES = {
     "W2WPP_LoadSpace": "W2W++ Load Space",
     "W2WPP_SpaceFromLoras": "W2W++ Space from LoRAs",
+    "W2WPP_ImportFiles": "W2W++ Import Files",
+    "W2WPP_TrainPeople": "W2W++ Train People",
+    "W2WPP_FitSpace": "W2W++ Fit Space",
     "W2WPP_CompareLoras": "W2W++ Compare LoRAs",
     "W2WPP_Explore": "W2W++ Explore",
     "W2WPP_SampleIdentity": "W2W++ Sample Identity",

@@ -61,7 +61,7 @@ def test_without_its_files_the_sd15_workflow_is_refused_with_where_to_get_them(
     message = str(failure.value)
     assert "There is no space 'w2w.safetensors'" in message
     assert "https://huggingface.co/snap-research/weights2weights" in message
-    assert "w2wpp import-w2w files -o" in message
+    assert "choose 'w2w (official files)'" in message
 
 
 def test_with_a_space_in_place_the_sd15_workflow_asks_for_the_checkpoint_only(

@@ -5,7 +5,7 @@ import torch
 
 from w2wpp import SD15
 
-K, PEOPLE = 6, 50
+K, PEOPLE = 6, 50  # of the fixture `official`
 
 
 def generator(seed=0):
@@ -43,26 +43,6 @@ def dimensions(spelling):
         }[spelling]
         table[down], table[up] = a, b
     return table
-
-
-@pytest.fixture(scope="session")
-def official():
-    """What the files of a folder hold, {name: value}."""
-    g = generator(3)
-    p = SD15.size
-    std = 0.01 + 0.02 * torch.rand(p, generator=g)
-    std[[5, 70_000]] *= -1
-    std[11] = 0.0
-    v = torch.linalg.qr(torch.randn(p, K, generator=g)).Q
-    spread = torch.tensor([30.0, 20.0, 12.0, 7.0, 4.0, 2.0])
-    coefficients = torch.randn(PEOPLE, K, generator=g) * spread + 0.3 * spread
-    return {
-        "mean.pt": 0.01 * torch.randn(p, generator=g),
-        "std.pt": std,
-        "V.pt": v.contiguous(),
-        "proj_1000pc.pt": coefficients,
-        "weight_dimensions.pt": dimensions("peft"),
-    }
 
 
 @pytest.fixture

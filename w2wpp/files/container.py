@@ -258,17 +258,26 @@ def write_container(
         for name in sorted(tensors):
             _write_tensor(f, name, tensors[name])
         if seal is not None:
-            f.flush()
-            with open_container(f.name, format, versions=(version,)) as written:
-                sealed = _build_header(
-                    written.entries, _texts(format, version, seal(written), metadata)
-                )
-            if len(sealed) != len(header):
-                raise FormatError(
-                    "The sealed configuration differs from the one announced in its length."
-                )
-            f.seek(0)
-            f.write(sealed)
+            _seal(f, f.name, len(header), seal, format, version, metadata)
+
+
+def _seal(
+    f: BinaryIO,
+    path: str | os.PathLike[str],
+    length: int,
+    seal: Callable[[Container], Mapping[str, Any]],
+    format: str | None,
+    version: str,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Put the final configuration into the header, of `length` bytes, of a file that is otherwise written."""
+    f.flush()
+    with open_container(path, format, versions=(version,)) as written:
+        sealed = _build_header(written.entries, _texts(format, version, seal(written), metadata))
+    if len(sealed) != length:
+        raise FormatError("The sealed configuration differs from the one announced in its length.")
+    f.seek(0)
+    f.write(sealed)
 
 
 def partial_of(path: str | os.PathLike[str]) -> Path:
@@ -286,9 +295,10 @@ def write_resumably(
     format: str,
     version: str = "1",
     config: Mapping[str, Any] | None = None,
+    seal: Callable[[Container], Mapping[str, Any]] | None = None,
 ) -> None:
     """As `write_container`, for a tensor `last` of very many rows: `chunks(start)` gives those from row
-    `start` on. What a killed write left in `partial_of(path)` is taken up if the rest of the file is the
+    `start` on. What a killed write left in `partial_of(path)` is taken up if header and tensors before `last` are the
     same, and the result is too, byte by byte.
 
     Raises WriteError where the disk fails, keeping what is written; FormatError if the rows are not as many as
@@ -304,6 +314,7 @@ def write_resumably(
     partial = writable_target(partial_of(path))
     row = math.prod(announced.shape[1:]) * announced.dtype.itemsize
     try:
+        partial.parent.mkdir(parents=True, exist_ok=True)
         with open(partial, "r+b" if partial.exists() else "w+b") as f:
             done = _rows_there(f, beginning.getvalue(), row, announced.shape[0])
             for chunk in chunks(done) if done < announced.shape[0] else ():
@@ -316,6 +327,8 @@ def write_resumably(
             for name in sorted(tensors):
                 if name > last:
                     _write_tensor(f, name, tensors[name])
+            if seal is not None:
+                _seal(f, partial, len(header), seal, format, version)
             f.flush()
             os.fsync(f.fileno())
         os.replace(partial, writable_target(path))

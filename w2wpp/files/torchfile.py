@@ -8,7 +8,7 @@ import os
 import struct
 import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,8 +115,8 @@ class Matrix:
             where = slice(start, min(start + step, self.shape[0]))
             yield where, self.part(where, slice(0, columns))
 
-    def columns(self, where: slice) -> Tensor:
-        """Some columns as rows, [n, rows] in half precision."""
+    def columns(self, where: slice, seen: Callable[[float], None] = lambda share: None) -> Tensor:
+        """Some columns as rows, [n, rows] in half precision; `seen` gets the share of them that was read."""
         out = torch.empty(where.stop - where.start, self.shape[0], dtype=torch.float16)
         if self.strides[0] == 1:  # columns lie in one piece
             step = max(1, MAPPED_BYTES // (self.shape[0] * self.dtype.itemsize))
@@ -124,11 +124,13 @@ class Matrix:
                 some = slice(start, min(start + step, where.stop))
                 part = self.part(slice(0, self.shape[0]), some)
                 out[start - where.start : some.stop - where.start] = part.T
+                seen((some.stop - where.start) / len(out))
             return out
         step = max(1, MAPPED_BYTES // (self.shape[1] * self.dtype.itemsize))
         for start in range(0, self.shape[0], step):
             rows = slice(start, min(start + step, self.shape[0]))
             out[:, rows] = self.part(rows, where).T
+            seen(rows.stop / self.shape[0])
         return out
 
     def part(self, rows: slice, columns: slice) -> Tensor:

@@ -8,11 +8,12 @@ taking it away would mirror these parameters against V.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ _ATTENTION = re.compile(
     r"_(?:processor_)?to_([qkv]|out(?:_0)?)_(?:lora_)?(?:linear_layer_)?(a|b|down|up)(?:_|$)"
 )
 COLUMNS = 500  # of V held at a time, in half precision
+Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,17 +85,34 @@ class W2WFolder:
             )
         return replace(self, components=components)
 
-    def chunks(self) -> Iterator[Tensor]:
-        """The components [K, P] in half precision, some rows at a time.
+    @cached_property
+    def fingerprint(self) -> str:
+        """32 hex digits that tell these files from others: over all of the small ones, and some of V."""
+        digest = hashlib.sha256(repr((self.v.shape, self.layout.size)).encode())
+        ends = [
+            self.v.part(slice(i, i + 1), slice(0, self.v.shape[1]))
+            for i in (0, self.v.shape[0] - 1)
+        ]
+        for numbers in (self.mean, self.std, self.center, self.scale, *ends):
+            digest.update(numbers.float().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:32]
 
-        Raises FormatError where they are not of unit length.
+    def chunks(
+        self, start: int = 0, progress: Progress = lambda done, of: None
+    ) -> Iterator[Tensor]:
+        """The components [K, P] from one on, in half precision, some rows at a time.
+
+        `progress` gets (components that were read, all of them), and may raise. Raises FormatError where they are not
+        of unit length.
         """
-        for start in range(0, self.components, COLUMNS):
-            rows = self.v.columns(slice(start, min(start + COLUMNS, self.components)))
+        for first in range(start, self.components, COLUMNS):
+            count = min(COLUMNS, self.components - first)
+            seen = partial(_tell, progress, first, count, self.components)
+            rows = self.v.columns(slice(first, first + count), seen)
             lengths = rows.float().square().sum(1) if len(rows) < 8 else _lengths(rows)
             if not bool(((lengths - 1).abs() < 0.02).all()):
                 raise FormatError(
-                    f"{self.v.path}: the columns from {start} on are not of unit length, so this is "
+                    f"{self.v.path}: the columns from {first} on are not of unit length, so this is "
                     "no orthonormal basis. Download or copy it again."
                 )
             yield rows if self.order is None else rows[:, self.order]
@@ -141,6 +160,7 @@ def provenance(source: W2WFolder, name: str) -> dict[str, Any]:
         "trigger_prompt": TRIGGER_PROMPT,
         "base_model": "Stable Diffusion 1.5 (trained on Realistic Vision 5.1)",
         "made_by": "w2wpp import-w2w",
+        "source": source.fingerprint,
         "prior": source.prior,
         "negative_stds": int((source.std < 0).sum()),
     }
@@ -169,6 +189,10 @@ def moments(matrix: Matrix, columns: int) -> tuple[Tensor, Tensor]:
     n = matrix.shape[0]
     mean, squares = sums.about_the_mean(n)
     return mean, (squares / max(1, n - 1)).sqrt()
+
+
+def _tell(progress: Progress, first: int, count: int, of: int, share: float) -> None:
+    progress(first + int(share * count), of)
 
 
 def _lengths(rows: Tensor) -> Tensor:

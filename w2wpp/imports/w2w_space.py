@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -14,7 +15,7 @@ from torch import Tensor
 from ..basis import Basis
 from ..codecs import build_codec
 from ..errors import DataError, FormatError
-from ..files.container import Container, Streamed, write_container
+from ..files.container import Container, Streamed, partial_of, write_resumably
 from ..files.tables import LabelTable, read_labels
 from ..files.text import read_csv
 from ..files.torchfile import ADVICE
@@ -24,7 +25,7 @@ from ..spacefile import FORMAT, file_fingerprint
 from ..training.coefficients import Coefficients
 from ..training.dataset import holdout_by_identity
 from ..training.directions import Directions, Moments, fit_from_moments, report
-from .w2w import W2WFolder, provenance
+from .w2w import Progress, W2WFolder, provenance
 
 
 def write_w2w_space(
@@ -33,10 +34,13 @@ def write_w2w_space(
     *,
     name: str,
     directions: Directions | None = None,
+    progress: Progress = lambda done, of: None,
 ) -> dict[str, Any]:
     """Write the linear space; returns its configuration.
 
-    The fingerprint stands in the header, before the numbers that it is made of, and is put in last.
+    The fingerprint stands in the header, before the numbers that it is made of, and is put in last. What was written
+    stays in `path.partial` if `progress(components done, all)` raises or the process is killed, and is taken up by the
+    next call for the same files.
     """
     facts = provenance(source, name)
     if directions is not None:
@@ -47,13 +51,32 @@ def write_w2w_space(
         config["fingerprint"] = file_fingerprint(file)
         return config
 
-    write_container(path, _tensors(source, directions), format=FORMAT, config=config, seal=seal)
+    tensors, last = _tensors(source, directions), "basis.components"
+    try:
+        write_resumably(
+            path,
+            tensors,
+            last,
+            lambda start: source.chunks(start, progress),
+            format=FORMAT,
+            config=config,
+            seal=seal,
+        )
+    except FormatError:  # of the source: there is nothing to take up
+        partial_of(path).unlink(missing_ok=True)
+        raise
     return config
 
 
-def w2w_basis(source: W2WFolder) -> Basis:
+def space_size(source: W2WFolder) -> int:
+    """Bytes that a space of these files takes on the disk, but for its header."""
+    tensors = _tensors(source, None).values()
+    return sum(math.prod(t.shape) * t.dtype.itemsize for t in tensors)
+
+
+def w2w_basis(source: W2WFolder, progress: Progress = lambda done, of: None) -> Basis:
     """The basis in memory (in half precision), for training."""
-    components = torch.cat(list(source.chunks()))
+    components = torch.cat(list(source.chunks(0, progress)))
     return Basis(source.mean, source.std, components, source.scale)
 
 

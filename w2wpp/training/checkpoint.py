@@ -58,7 +58,12 @@ class Saved:
 
     def keep(self, state: Callable[[], State]) -> None:
         """Save what `state` gives, unless the last save was moments ago."""
-        if self.path is not None and time.monotonic() - self._last >= EVERY:
+        if time.monotonic() - self._last >= EVERY:
+            self.write(state)
+
+    def write(self, state: Callable[[], State]) -> None:
+        """Save what `state` gives now."""
+        if self.path is not None:
             save_checkpoint(self.path, self.run, *state())
             self._last = time.monotonic()
 

@@ -10,9 +10,9 @@ Letters: N people, P numbers per LoRA.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -100,13 +100,14 @@ def train_people(
     config: Descent,
     *,
     callback: Callable[[int, float], None] = lambda step, loss: None,
+    descent: Momentum | None = None,
 ) -> Tensor:
     """Fine-tune a LoRA for each of ``people`` -> vectors [N, P].
 
-    ``callback`` gets the step and a person's mean loss.
+    ``callback`` gets the step and a person's mean loss. A ``descent`` that took some of the steps already goes on.
     """
-    descent = Momentum(start.vector.expand(people, -1), start, config)
-    for step in range(config.steps):
+    descent = descent or Momentum(start.vector.expand(people, -1), start, config)
+    for step in range(descent.taken, config.steps):
         weights = descent.weights.requires_grad_(True)
         value = loss(weights, step)
         (gradient,) = torch.autograd.grad(value, weights)
@@ -121,7 +122,7 @@ class Momentum:
     def __init__(self, weights: Tensor, start: Start, config: Descent) -> None:
         self.weights, self._start, self._config = weights.clone(), start, config  # [N, P]
         self._velocity, self._sum = torch.zeros_like(weights), torch.zeros_like(weights)
-        self._taken = self._summed = 0
+        self.taken = self._summed = 0  # steps; of them, those in the sum
 
     def step(self, gradient: Tensor) -> None:
         """gradient [N, P] at ``weights``."""
@@ -133,12 +134,25 @@ class Momentum:
         # A single bad batch may not throw a LoRA off its path.
         length = self._velocity.norm(dim=1, keepdim=True).clamp_min(1e-12)
         bound = (config.clip * self._start.norm / length).clamp_max(1.0)
-        rate = config.learning_rate * half_cosine(self._taken / config.steps)
+        rate = config.learning_rate * half_cosine(self.taken / config.steps)
         self.weights = self.weights.detach() - rate * self._velocity * bound
-        if self._taken >= int(config.average_from * config.steps):
+        if self.taken >= int(config.average_from * config.steps):
             self._sum, self._summed = self._sum + self.weights, self._summed + 1
-        self._taken += 1
+        self.taken += 1
 
     def mean(self) -> Tensor:
         """Mean [N, P] of the weights over the last part of the run."""
         return self._sum / self._summed
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, int]]:
+        """Tensors and numbers from which ``restore`` goes on, bit by bit."""
+        tensors = {"weights": self.weights.detach(), "velocity": self._velocity, "sum": self._sum}
+        return tensors, {"taken": self.taken, "summed": self._summed}
+
+    def restore(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+        """Take up the ``state`` of a descent with the same settings, on the device of this one."""
+        place = self.weights.device
+        self.weights, self._velocity, self._sum = (
+            tensors[name].to(place) for name in ("weights", "velocity", "sum")
+        )
+        self.taken, self._summed = int(numbers["taken"]), int(numbers["summed"])
