@@ -12,6 +12,8 @@ from comfy_api.latest import io
 from .. import w2wpp
 from ..w2wpp import inversion
 from ..w2wpp.diffusion.sampler import sample
+from ..w2wpp.errors import DataError
+from ..w2wpp.inversion.verdict import Verdict, judge
 from .curve import draw_curve
 from .host import folders, framing, tensors
 from .host.denoiser import Denoiser, denoiser
@@ -24,6 +26,7 @@ from .types import IdentitySocket, People, SpaceSocket, advanced, schema, seed_o
 
 PREVIEWS = 8  # in a run, unless somebody says how often
 PREVIEW_STEPS = 8  # enough to know the face by
+UNKNOWN = -1.0  # the confidence where nobody can tell
 
 
 class InvertFromImage(io.ComfyNode):
@@ -158,6 +161,14 @@ class InvertFromImage(io.ComfyNode):
                     "from the mask, or else where a face is found. off takes the middle of the picture as it is.",
                     **advanced(),
                 ),
+                io.Boolean.Input(
+                    "strict",
+                    default=False,
+                    optional=True,
+                    tooltip="Whether to stop with an error if the person found should not be trusted. What was found "
+                    "is kept all the same.",
+                    **advanced(),
+                ),
             ],
             outputs=[
                 IdentitySocket.Output(
@@ -176,6 +187,11 @@ class InvertFromImage(io.ComfyNode):
                     display_name="crop",
                     tooltip="What of each picture was used, as the space's people were photographed; what does not "
                     "count is grey.",
+                ),
+                io.Float.Output(
+                    display_name="confidence",
+                    tooltip="From 0 to 1 how far the person found can be trusted; -1 if the space was not taught to "
+                    "tell. The report says why in a sentence.",
                 ),
             ],
             hidden=[io.Hidden.unique_id],
@@ -209,6 +225,7 @@ class InvertFromImage(io.ComfyNode):
         mask=None,
         start=None,
         framing: str = "auto",
+        strict: bool = False,
     ) -> io.NodeOutput:
         with tensors.ordinary_tensors():
             pixels = resolution or usual_size(model)
@@ -230,17 +247,24 @@ class InvertFromImage(io.ComfyNode):
             )
             watch = Watch(model, cls.hidden.unique_id)
             watch.draw(framed_preview(image, framed))
-            solution, report = _solve(session, model, positive, watch, preview_every)
+            solution, gain, report = _solve(session, model, positive, watch, preview_every)
+            verdict = judge(space.start, framed, gain=gain)
         title = f"{inversion.OLDER_NAMES.get(method, method)}, {len(solution.history)} steps"
         curve = draw_curve(solution.history, title, comparable=not session.recipe.fresh)
-        report = "\n".join([report, *framed.remarks])
-        return io.NodeOutput(People(solution.identity, space), curve, report, crop_image(framed))
+        report = "\n".join([f"{verdict}", *framed.remarks, report])
+        if strict:
+            _require(verdict, solution.identity)
+        watch.tell(f"{verdict}")
+        sure = UNKNOWN if verdict.confidence is None else verdict.confidence
+        return io.NodeOutput(
+            People(solution.identity, space), curve, report, crop_image(framed), sure
+        )
 
 
 def _solve(
     session: inversion.Session, model: Any, prompt: list, watch: Watch, preview_every: int
-) -> tuple[inversion.Solution, str]:
-    """Run a session with the user's model; what was found, and the report."""
+) -> tuple[inversion.Solution, float, str]:
+    """Run a session with the user's model; what was found, what it gains on the average person, and the report."""
     started, recipe = time.monotonic(), session.recipe
     shape = (recipe.draws, *session.pictures.shape[1:])
     plan = plan_run(model, shape, gradients=recipe.gradients)
@@ -250,7 +274,19 @@ def _solve(
         watcher = _Watcher(session, watch, _Painter(session, denoise, schedule), preview_every)
         with watcher.keeping_the_best():
             solution = session.solve(denoise, schedule, micro_batch=plan.rows, callback=watcher)
-    return solution, _report(session, solution, plan, time.monotonic() - started)
+        (gain,) = session.gain(denoise, schedule, solution.identity, micro_batch=plan.rows)
+    report = _report(session, solution, plan, time.monotonic() - started)
+    report += f"\nThe model explains the picture {gain:+.2%} better than with the average person"
+    return solution, gain, report
+
+
+def _require(verdict: Verdict, found: w2wpp.Identity) -> None:
+    """Strict mode: an error for what should not be trusted, which says where it was kept."""
+    try:
+        verdict.require()
+    except DataError as e:
+        label = folders.save_new_identity(_on_cpu(found), "doubtful")
+        raise DataError(f"{e} What was found is {label}.") from e
 
 
 def _report(

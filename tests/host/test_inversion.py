@@ -245,6 +245,22 @@ def test_a_person_in_a_wide_picture_is_cut_out_by_their_mask(host: Host) -> None
     assert "a usual portrait was assumed" in result.outputs[shown]["text"][0]
 
 
+def test_what_should_not_be_trusted_is_refused_in_strict_mode_and_kept(host: Host) -> None:
+    graph = InversionGraph()
+    inverted = graph.invert(steps=1)
+    shown = graph.report(inverted)
+    number = graph.add("PreviewAny", source=[inverted, 4])
+    outputs = host.run(graph.nodes).outputs
+    assert "How far this answer can be trusted is not known" in outputs[shown]["text"][0]
+    assert float(outputs[number]["text"][0]) == -1
+    graph = InversionGraph()
+    graph.report(graph.invert(steps=1, strict=True))
+    before = set((host.output / "w2wpp").glob("doubtful*"))
+    with pytest.raises(PromptFailed, match=r"strict was asked for.*doubtful"):
+        host.run(graph.nodes)
+    assert len(set((host.output / "w2wpp").glob("doubtful*")) - before) == 1
+
+
 class SD15Graph(Graph):
     """A tiny picture and an SD 1.5 UNet of full size."""
 
