@@ -19,6 +19,7 @@ from .people import TrainPeople
 from .regions import IdentityHooks
 from .sliders import Sliders
 from .spaces import LoadSpace, SpaceInfo
+from .start_training import TrainStartNetwork
 
 NODES: list[type[io.ComfyNode]] = [
     LoadSpace,
@@ -29,6 +30,7 @@ NODES: list[type[io.ComfyNode]] = [
     FitSpace,
     SampleIdentity,
     InvertFromImage,
+    TrainStartNetwork,
     EncodeLora,
     LoadIdentity,
     Interpolate,

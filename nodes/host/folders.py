@@ -153,15 +153,22 @@ def space_place(name: str) -> Path:
     return root / (portable_name(name.removesuffix(ENDING), "my LoRAs") + ENDING)
 
 
-def new_space_file(name: str) -> Path:
-    """Where a space of this name is saved; only a space that was made of LoRAs is replaced."""
+def new_space_file(name: str, *, over: str = "") -> Path:
+    """Where a space of this name is saved; only a space that was made of LoRAs is replaced, or one with the same
+    coordinates as the fingerprint `over`."""
     root, path = Path(folder_paths.models_dir, CATEGORY), space_place(name)
-    if os.path.lexists(path) and not _is_of_loras(path):
+    if os.path.lexists(path) and not _is_of_loras(path) and not _is_of(path, over):
         raise ConfigError(
             f"models/{CATEGORY}/{path.relative_to(root).as_posix()} is there already, and is no space made of LoRAs. "
             "Choose another name."
         )
     return path
+
+
+def _is_of(path: Path, fingerprint: str) -> bool:
+    with contextlib.suppress(W2WError):
+        return load_space(path).fingerprint == fingerprint
+    return False
 
 
 def _is_of_loras(path: Path) -> bool:

@@ -41,10 +41,9 @@ class Watch:
         self._bar.update_absolute(step, steps, preview)
         self.tell(text)
 
-    def draw(self, picture: Image.Image) -> None:
-        """Show a picture of one's own as the preview, if the user's settings ask for previews."""
-        if self._previewer is not None:
-            self._bar.update_absolute(0, 1, ("JPEG", picture, max(picture.size)))
+    def draw(self, picture: Image.Image, step: int = 0, steps: int = 1) -> None:
+        """Show a picture of one's own as the preview, whatever way of previewing latents is chosen."""
+        self._bar.update_absolute(step, steps, ("JPEG", picture, max(picture.size)))
 
     def tell(self, text: str) -> None:
         """Write on the node."""

@@ -22,6 +22,13 @@ def ordinary_tensors() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def trainable() -> Iterator[None]:
+    """Leave the host's inference mode, with gradients, for training a small network of one's own."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
 def read_picture(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
     """IMAGE [1, H, W, 3] and MASK [1, H, W] of a picture file; the mask is its opacity."""
     with Image.open(path) as file:

@@ -23,6 +23,7 @@ NAMES = {
     "W2WPP_CompareLoras": "W2W++ Compare LoRAs",
     "W2WPP_Explore": "W2W++ Explore",
     "W2WPP_SampleIdentity": "W2W++ Sample Identity",
+    "W2WPP_TrainStartNetwork": "W2W++ Train Start Network",
     "W2WPP_EncodeLora": "W2W++ Encode LoRA",
     "W2WPP_LoadIdentity": "W2W++ Load Identity",
     "W2WPP_Interpolate": "W2W++ Interpolate",

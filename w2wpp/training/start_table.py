@@ -151,13 +151,15 @@ def fit_start_paintings(
     how well people are answered whose paintings were kept apart.
     """
     space = load_space(space_path)
-    people = _by_person(read_painted(Path(painted), space), config.size)
+    people = painted_people(painted, space, config.size)
     start, frame, report = fit_paintings(people, config, compute=compute, callback=callback)
     save_start(space_path, output, start, frame=frame)
     return report
 
 
-def _by_person(paintings: Paintings, size: int) -> PaintedPeople:
+def painted_people(painted: str | os.PathLike[str], space: Space, size: int) -> PaintedPeople:
+    """The paintings of a table by person, `size` pixels per side; of everybody as many as of who has fewest."""
+    paintings = read_painted(Path(painted), space)
     rows: dict[bytes, list[int]] = {}
     for i, z in enumerate(paintings.z):
         rows.setdefault(z.numpy().tobytes(), []).append(i)

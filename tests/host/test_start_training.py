@@ -1,0 +1,66 @@
+"""Train Start Network in the running server: it paints, learns, saves, and an interrupted run goes on."""
+
+from __future__ import annotations
+
+import time
+
+from PIL import Image
+
+from w2wpp import load_space
+
+from .graphs import AvatarGraph
+from .server import REPO, Host
+
+
+class TeachingGraph(AvatarGraph):
+    def teach(self, **changed) -> str:
+        space = self.add("W2WPP_LoadSpace", space="avatars-pca.safetensors")
+        inputs = {
+            "model": self.model, "vae": [self.loader, 3], "scene_1": [self.loader, 1], "space": [space, 0],
+            "people": 64, "save_as": "taught", "seed": 3, "paint_steps": 1, "steps": 3, "look_size": 32, **changed,
+        }  # fmt: skip
+        return self.add("W2WPP_TrainStartNetwork", **inputs)
+
+
+def test_a_space_is_taught_and_used(host: Host) -> None:
+    graph = TeachingGraph()
+    taught = graph.teach()
+    portrait = graph.add("W2WPP_ExamplePortrait")
+    inverted = graph.add(
+        "W2WPP_InvertFromImage", model=graph.model, vae=[graph.loader, 3], positive=[graph.loader, 1],
+        space=[taught, 0], image=[portrait, 0], method="adam", steps=1, seed=0, batch=2, learning_rate=0.02,
+        prior=-1.0, pivotal=0.0, resolution=0, preview_every=0,
+    )  # fmt: skip
+    shown = graph.add("PreviewAny", source=[inverted, 2])
+    result = host.run(graph.nodes)
+    (report,) = result.outputs[taught]["text"]
+    assert "Learned from 128 paintings" in report and "saved as taught.safetensors" in report
+    assert "Confidence 0." in result.outputs[shown]["text"][0]
+    space = load_space(host.base / "models" / "w2wpp" / "taught.safetensors")
+    before = load_space(REPO / "models" / "avatars-pca.safetensors")
+    assert space.fingerprint == before.fingerprint and space.start.locates
+    assert space.frame is not None and before.frame is None
+
+
+def test_an_interrupted_run_keeps_its_paintings_and_goes_on(host: Host) -> None:
+    graph = TeachingGraph()
+    graph.teach(people=400, save_as="", seed=4)
+    number = host.post("/prompt", {"prompt": graph.nodes})["prompt_id"]
+    before = set(paintings(host))
+    while len(set(paintings(host)) - before) < 4:
+        time.sleep(0.2)
+    host.post("/interrupt", {})
+    entry = host.wait(number)
+    assert "execution_interrupted" in [kind for kind, _ in entry["status"]["messages"]]
+    painted = sorted(set(paintings(host)) - before)
+    stamps = [path.stat().st_mtime_ns for path in painted]
+    assert Image.open(painted[0]).size == (32, 32)
+    graph = TeachingGraph()
+    taught = graph.teach(people=64, save_as="", seed=4)
+    (report,) = host.run(graph.nodes).outputs[taught]["text"]
+    assert "Learned from 128 paintings" in report
+    assert [path.stat().st_mtime_ns for path in painted] == stamps
+
+
+def paintings(host: Host):
+    return list((host.output / "w2wpp").glob("paintings_*/*.png"))
