@@ -92,6 +92,12 @@ def _register_evaluate(verbs: Any) -> None:
         help="instead: every way from one picture to a LoRA; SPACE are further ones beside what ships",
     )
     parser.add_argument(
+        "--wild",
+        action="store_true",
+        help="instead: pictures as they come, moved, covered, wide, of nobody; SPACE is one with a start network, a "
+        "second one the same with a start that learned from paintings alone",
+    )
+    parser.add_argument(
         "--rows",
         nargs="+",
         default=[],
@@ -188,6 +194,11 @@ def run_evaluate(args: argparse.Namespace) -> Result:
     common |= {"output": args.output, "callback": log}
     if args.inversion:
         return report_inversion(args.space, World(), rows=args.rows, **common)
+    if args.wild:
+        from ..avatars.measure.wild_world import report_wild
+
+        common.pop("workers")
+        return report_wild(args.space or [MODELS / "avatars.safetensors"], World(), **common)
     if not args.space:
-        raise ConfigError("Name the spaces to evaluate, or ask for --inversion.")
+        raise ConfigError("Name the spaces to evaluate, or ask for --inversion or --wild.")
     return report_spaces(args.space, World(), sampled=args.sampled, **common)
