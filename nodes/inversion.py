@@ -276,7 +276,7 @@ def _solve(
             solution = session.solve(denoise, schedule, micro_batch=plan.rows, callback=watcher)
         (gain,) = session.gain(denoise, schedule, solution.identity, micro_batch=plan.rows)
     report = _report(session, solution, plan, time.monotonic() - started)
-    report += f"\nThe model explains the picture {gain:+.2%} better than with the average person"
+    report += f"\nThe loss is {1 - gain:.4g} times that of the average person"
     return solution, gain, report
 
 

@@ -8,9 +8,10 @@ from comfy_api.latest import io, ui
 from PIL import Image
 
 from .. import w2wpp
+from ..w2wpp.errors import ConfigError
 from ..w2wpp.training.compute import Compute
 from ..w2wpp.training.fit_locator import LocatorTraining
-from ..w2wpp.training.fit_paintings import PaintingsTraining, fit_paintings
+from ..w2wpp.training.fit_paintings import PaintingsTraining, fewest_people, fit_paintings
 from ..w2wpp.training.start_table import painted_people
 from .host import folders, tensors
 from .host.paintings import Painter, draw_people, paint_people
@@ -163,12 +164,17 @@ class TrainStartNetwork(io.ComfyNode):
         if save_as.strip():
             target = folders.new_space_file(save_as, over=space.fingerprint)
         scenes = [scene for scene in (scene_1, scene_2, scene_3, scene_4) if scene is not None]
+        training = _training(seed, steps, look_size)
+        least = fewest_people(space.latent_size, training)
+        if people < least:
+            raise ConfigError(
+                f"This space has {space.latent_size} latents: it learns from {least} people at least. Got {people}."
+            )
         painter = Painter(model, vae, scenes, negative, paint_size, paint_steps, cfg, seed)
         watch = Watch(model, cls.hidden.unique_id)
         table = paint_people(painter, space, draw_people(space, people, seed), _painting(watch))
         with tensors.trainable():
             learned = painted_people(table, space, look_size)
-            training = _training(seed, steps, look_size)
             start, frame, report = fit_paintings(
                 learned, training, compute=Compute(), callback=_learning(watch, training)
             )

@@ -94,9 +94,9 @@ def paint_people(
             done += len(some)
             left = (time.monotonic() - started) / max(1, done - first) * (len(jobs) - done)
             told(done, len(jobs), f"painting {done} of {len(jobs)}, {_minutes(left)} left", picture)
-    with replacing(folder / TABLE) as path:
-        lines = [f"{_file(folder, *job).name},{PEOPLE},{job[0]}" for job in jobs]
-        path.write_text("\n".join(["picture,identity,index", *lines]) + "\n", encoding="utf-8")
+    lines = [f"{_file(folder, *job).name},{PEOPLE},{job[0]}" for job in jobs]
+    with replacing(folder / TABLE) as file:
+        file.write("\n".join(["picture,identity,index", *lines, ""]).encode())
     return folder / TABLE
 
 

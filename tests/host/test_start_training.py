@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 
+import pytest
 from PIL import Image
 
 from w2wpp import load_space
 
 from .graphs import AvatarGraph
-from .server import REPO, Host
+from .server import REPO, Host, PromptFailed
 
 
 class TeachingGraph(AvatarGraph):
@@ -17,7 +18,7 @@ class TeachingGraph(AvatarGraph):
         space = self.add("W2WPP_LoadSpace", space="avatars-pca.safetensors")
         inputs = {
             "model": self.model, "vae": [self.loader, 3], "scene_1": [self.loader, 1], "space": [space, 0],
-            "people": 64, "save_as": "taught", "seed": 3, "paint_steps": 1, "steps": 3, "look_size": 32, **changed,
+            "people": 240, "save_as": "taught", "seed": 3, "paint_steps": 1, "steps": 3, "look_size": 32, **changed,
         }  # fmt: skip
         return self.add("W2WPP_TrainStartNetwork", **inputs)
 
@@ -34,8 +35,8 @@ def test_a_space_is_taught_and_used(host: Host) -> None:
     shown = graph.add("PreviewAny", source=[inverted, 2])
     result = host.run(graph.nodes)
     (report,) = result.outputs[taught]["text"]
-    assert "Learned from 128 paintings" in report and "saved as taught.safetensors" in report
-    assert "Confidence 0." in result.outputs[shown]["text"][0]
+    assert "Learned from 480 paintings" in report and "saved as taught.safetensors" in report
+    assert "Confidence " in result.outputs[shown]["text"][0]
     space = load_space(host.base / "models" / "w2wpp" / "taught.safetensors")
     before = load_space(REPO / "models" / "avatars-pca.safetensors")
     assert space.fingerprint == before.fingerprint and space.start.locates
@@ -56,10 +57,19 @@ def test_an_interrupted_run_keeps_its_paintings_and_goes_on(host: Host) -> None:
     stamps = [path.stat().st_mtime_ns for path in painted]
     assert Image.open(painted[0]).size == (32, 32)
     graph = TeachingGraph()
-    taught = graph.teach(people=64, save_as="", seed=4)
+    taught = graph.teach(people=240, save_as="", seed=4)
     (report,) = host.run(graph.nodes).outputs[taught]["text"]
-    assert "Learned from 128 paintings" in report
+    assert "Learned from 480 paintings" in report
     assert [path.stat().st_mtime_ns for path in painted] == stamps
+
+
+def test_too_few_people_are_refused_before_anything_is_painted(host: Host) -> None:
+    before = paintings(host)
+    graph = TeachingGraph()
+    graph.teach(people=100, seed=5)
+    with pytest.raises(PromptFailed, match=r"240 people at least\. Got 100"):
+        host.run(graph.nodes)
+    assert paintings(host) == before
 
 
 def paintings(host: Host):

@@ -190,7 +190,7 @@ def test_a_jpeg_of_high_quality_is_the_picture_and_of_low_quality_is_not():
 
 
 def test_too_few_paintings_and_odd_shapes_are_refused():
-    with pytest.raises(DataError, match="64 painted people"):
+    with pytest.raises(DataError, match="learns from 64 painted people"):
         fit_paintings(people(40), QUICK)
     with pytest.raises(ShapeError):
         PaintedPeople(torch.zeros(3, 2), torch.zeros(2, 1, 3, 8, 8, dtype=torch.int8))

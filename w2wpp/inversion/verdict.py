@@ -148,8 +148,8 @@ def judge(
 
 def _explains_nothing(gain: float) -> str:
     return (
-        f"The model explains the picture no better with the person found than with the average one (by {gain:.1%}): "
-        "it shows nobody whom the space can express, or the prompt does not fit it."
+        "The model explains the picture no better with the person found than with the average one (the loss is "
+        f"{1 - gain:.4g} times as large): it shows nobody whom the space can express, or the prompt does not fit it."
     )
 
 

@@ -11,6 +11,7 @@ The same paintings, moved about, teach a locator, and where they change with the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -30,7 +31,7 @@ from .fit_start import LabelMap
 from .fit_verdict import fit_verdict
 
 Told = Callable[[int, int, str], None]  # done, of, line
-FEWEST = 64  # paintings to learn anything from
+FEWEST = 64  # people to learn anything from
 EVEN = 1e-3  # ridge of linear fits from latents, in mean eigenvalues
 
 
@@ -138,9 +139,11 @@ def fit_paintings(
 
     What the report says of answers was measured on people kept apart. Raises DataError for too few people.
     """
-    if len(painted) < FEWEST:
+    least = fewest_people(painted.z.shape[1], config)
+    if len(painted) < least:
         raise DataError(
-            f"A start network learns from {FEWEST} painted people at least, thousands if possible. Got {len(painted)}."
+            f"A start network for {painted.z.shape[1]} latents learns from {least} painted people at least, thousands "
+            f"if possible: fewer can't tell which latents show. Got {len(painted)}."
         )
     compute = compute or Compute()
     order = torch.randperm(len(painted), generator=torch.Generator().manual_seed(config.seed))
@@ -171,6 +174,11 @@ def fit_paintings(
         "training": asdict(config),
     }
     return start.requires_grad_(False).eval(), frame, report
+
+
+def fewest_people(latent_size: int, config: PaintingsTraining) -> int:
+    """How many people must be painted: linear fits from latents need half as many again as there are latents."""
+    return max(FEWEST, math.ceil(1.5 * latent_size / (1 - config.apart)))
 
 
 def measure_head(painted: PaintedPeople, *, size: int = 32) -> tuple[Tensor, Frame]:
