@@ -10,7 +10,16 @@ import torch
 from w2wpp import load_space, save_space
 from w2wpp.avatars import places
 from w2wpp.avatars.places import MODELS, ROOT, World
-from w2wpp.avatars.stages import DATASET, NAMED, SHIPPED, STAGES, commands_for, require_inputs
+from w2wpp.avatars.stages import (
+    BASE,
+    DATASET,
+    EMBEDDER,
+    NAMED,
+    SHIPPED,
+    STAGES,
+    commands_for,
+    require_inputs,
+)
 from w2wpp.errors import ConfigError
 from w2wpp.files.container import open_container, write_container
 from w2wpp.spacefile import save_start
@@ -35,8 +44,8 @@ def test_a_missing_input_names_the_command_that_makes_it(tmp_path):
     with pytest.raises(ConfigError, match=r"avatar-base.*which is not there.*'w2wpp avatars base'"):
         require_inputs(NAMED["loras"], world)
     with pytest.raises(ConfigError, match="loras-common"):
-        require_inputs(NAMED["spaces"], world)
-    require_inputs(NAMED["spaces"], world, given=[DATASET])
+        require_inputs(NAMED["spaces"], world, given=[BASE, EMBEDDER])
+    require_inputs(NAMED["spaces"], world, given=[BASE, EMBEDDER, DATASET])
     assert commands_for(SHIPPED[0]) == (
         "avatars spaces --ship",
         "avatars start --ship",

@@ -22,6 +22,7 @@ from .edition2.train_vae import VaeTraining, measure_vae, train_vae
 from .edition2.vae import save_vae
 from .measure import directions
 from .measure.gate import gate_table, judge_world
+from .measure.model import model_of
 from .places import World
 from .records import provenance, save_result
 from .stages import BASE, DATASET, EMBEDDER, SHIPPED, VAE
@@ -104,7 +105,8 @@ def make_spaces(
 ) -> Made:
     """Train the spaces that are compared; with `ship` the two that go into models/."""
     dataset, folder = _dataset(world, data), output or world.at("work/spaces")
-    written = spaces.train_spaces(dataset, folder, callback=log)
+    model = model_of(_studio(world), dataset.layout)
+    written = spaces.train_spaces(dataset, folder, model=model, callback=log)
     if ship:
         written += spaces.ship(dataset, folder, world.models, replace=replace)
     return {"written": [str(path) for path in written]}

@@ -44,7 +44,7 @@ STAGES = (
     Stage(
         "spaces",
         "train every space that the evaluation compares",
-        inputs=(DATASET,),
+        inputs=(BASE, EMBEDDER, DATASET),
         outputs=("work/spaces",),
         ships=(*SHIPPED, HELDOUT),
     ),
