@@ -104,6 +104,10 @@ def test_dropped_groups_cost_coverage_and_crowding_raises_density():
     assert 0.7 < reference["coverage"] <= 1 and reference["density"] == pytest.approx(1, abs=0.2)
     assert neighbourhoods(real, alike)["coverage"] == pytest.approx(reference["coverage"], abs=0.07)
     assert neighbourhoods(real, dropped)["coverage"] < 0.6 * reference["coverage"]
+    assert set(neighbourhoods(real[:6], alike[:3])) == {
+        "coverage",
+        "density",
+    }  # of very few people too
 
 
 def test_two_groups_are_bimodal_and_a_gaussian_is_not():

@@ -114,13 +114,16 @@ def neighbourhoods(
     """Coverage and density of one half of the real crowd [N, D] by as many sampled people [M, D], in the mean over
     random halves; without sampled people by the other half, which is what real people reach.
 
-    Coverage rises with the number of people, so that only equal numbers compare.
+    Coverage rises with the number of people, so that only equal numbers compare. Where a half is smaller than the usual
+    number of neighbours, all of it counts.
     """
     found, generator = [], torch.Generator().manual_seed(seed)
     for one, other in _halves(real, splits, seed):
         if sampled is not None:
             other = sampled[torch.randperm(len(sampled), generator=generator)[: len(other)]]
-        found.append((float(coverage(other, one).mean()), float(density(other, one).mean())))
+        k = min(NEIGHBOURS, len(one) - 1)
+        shares = (f(other, one, neighbours=k).mean() for f in (coverage, density))
+        found.append([float(share) for share in shares])
     means = torch.tensor(found, dtype=torch.float64).mean(0).tolist()
     return dict(zip(("coverage", "density"), means))
 

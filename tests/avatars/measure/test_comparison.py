@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from dataclasses import dataclass, replace
 
@@ -11,12 +12,13 @@ import torch
 pytest.importorskip("diffusers")
 from w2wpp import ConfigError
 from w2wpp.avatars.build.spaces import DEFAULT, W2W, Candidate, Model, Workshop, candidates
+from w2wpp.avatars.measure import evaluation
 from w2wpp.avatars.measure.comparison import Amounts, Plan, compare, full_plan, harder_plan
 from w2wpp.avatars.measure.comparison_report import report, table, write
 from w2wpp.avatars.measure.population import crowd_row, reference_row, unit
 from w2wpp.avatars.world.studio import Shots
 from w2wpp.diffusion.schedule import NoiseSchedule
-from w2wpp.training.dataset import VectorDataset
+from w2wpp.training.dataset import VectorDataset, write_dataset
 
 TRAITS = ("jaw", "nose", "lips", "brow", "glasses")
 SCHEDULE = NoiseSchedule(torch.linspace(0.99, 0.01, 100), "eps")
@@ -36,7 +38,7 @@ class Readable:
     reader: float = 0.1  # its noise
     judge: float | None = None
 
-    def photograph(self, vectors, layout):
+    def photograph(self, vectors, layout, *, same=False):
         seen = vectors[:, None, : len(TRAITS)].expand(-1, self.pictures, -1)
         noise = torch.stack(
             [
@@ -44,7 +46,7 @@ class Readable:
                 for i in range(len(seen))
             ]
         )
-        empty = torch.zeros(*seen.shape[:2], 0)
+        empty = torch.zeros(*seen.shape[:2], 4)
         shots = Shots(seen + self.reader * noise, empty, empty)
         if self.judge is not None:
             object.__setattr__(
@@ -262,3 +264,35 @@ def test_a_crowd_of_copies_is_found_out(people):
     assert row["nearest_above_strangers"]["low"] > 0
     assert reference_row(real, known, strangers, TRAITS)["nearest_training"]["mean"] < 0.98
     assert "energy_independent" not in row  # a studio of one reader
+
+
+def test_evaluate_scores_a_file_beside_the_references(people, compared, tmp_path, monkeypatch):
+    """Without pictures: everything that `w2wpp evaluate` puts into a row, and the table of it."""
+    data = tmp_path / "data.safetensors"
+    write_dataset(
+        data, people.vectors(), people.layout, people.identity, heldout=people.heldout, labels=people.labels,
+        label_names=TRAITS,
+    )  # fmt: skip
+
+    class Planted(evaluation.Protocol):
+        def studio(self):
+            return Readable(pictures=self.pictures, judge=0.2)
+
+    monkeypatch.setattr(evaluation, "_known_faces", lambda d: unit(d.labels[d.training_rows]))
+    fields = {f.name for f in dataclasses.fields(evaluation.Protocol)}
+    paths = {name: data for name in fields & {"base", "embedder", "models"}}
+    protocol = Planted(dataset=data, people=20, sampled=16, paths=3, path_steps=5, **paths)
+    rows, real = evaluation.reference_rows(protocol)
+    path = compared[1] / "spaces" / "pca-functional-16.safetensors"
+    rows["pca"] = evaluation.judge_space(path, protocol, real)
+    for suffix in ("", "_independent"):
+        assert rows["pca"][f"id_score{suffix}"]["mean"] > 0.9
+        assert (
+            rows["own LoRA"][f"energy{suffix}"]["low"]
+            < 0
+            < rows["own LoRA"][f"energy{suffix}"]["high"]
+        )
+        assert rows["another's LoRA"][f"id_score{suffix}"]["mean"] < 0.5
+    lines = evaluation.table(rows).splitlines()
+    assert len(lines) == 6 and all(line.count("|") == lines[0].count("|") for line in lines)
+    assert "energy" in lines[0] and "Frechet" not in lines[0]
