@@ -16,7 +16,7 @@ from ..w2wpp.space import SpaceBasis
 from ..w2wpp.spacefile import space_bytes
 from ..w2wpp.training.coefficients import Coefficients
 from ..w2wpp.training.dataset import VectorDataset, holdout_by_identity
-from ..w2wpp.training.fit_basis import fit_coefficients
+from ..w2wpp.training.fit_basis import SpanError, fit_coefficients
 from ..w2wpp.training.fit_flow import with_flow
 from ..w2wpp.training.gather import public
 from ..w2wpp.training.run import Progress
@@ -303,7 +303,13 @@ def _material(
         raise w2wpp.ConfigError(
             f"{len(data.training_rows)} people support at most {most} components. Got {components}; 0 takes all."
         )
-    fitted = fit_coefficients(data, count, metric=metric, callback=_lines_shown(node))
+    options: dict[str, Any] = {"metric": metric, "callback": _lines_shown(node)}
+    try:
+        fitted = fit_coefficients(data, count, **options)
+    except SpanError as e:  # people who are the same, or nearly
+        if components or not e.span:
+            raise
+        fitted = fit_coefficients(data, e.span, **options)
     facts = {
         "trigger_prompt": str(data.provenance.get("trigger_prompt", "")),
         "made_from": "LoRAs of people",

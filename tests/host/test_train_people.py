@@ -162,8 +162,17 @@ def test_who_is_new_is_trained_and_nobody_else(host: Host, people: Path, trained
     assert torch.equal(after[:3], before)
     # Dora has Anna's pictures, the same start and the same noise; only the batch differs.
     torch.testing.assert_close(after[3], after[0], atol=1e-3, rtol=1e-2)
+    # Of two who are one, a space keeps one direction fewer, and says so if it is asked for all.
+    graph = Graph()
+    space = fit(graph, source="loras/test people")
+    assert "2 numbers describe a person" in host.run(graph.nodes).outputs[space]["text"][0]
+    fit(graph := Graph(), source="loras/test people", components=3)
+    with pytest.raises(PromptFailed, match="span only 2 directions"):
+        host.run(graph.nodes)
+    # Without Dora again, for the tests that follow.
+    (host.base / "models" / "loras" / "test people" / "dora.safetensors").unlink()
     train(graph := AvatarGraph())
-    host.run(graph.nodes)  # without Dora again, for the tests that follow
+    host.run(graph.nodes)
 
 
 def test_a_folder_of_loras_gives_the_same_space_as_their_data_set(host: Host, trained: str) -> None:
@@ -173,7 +182,7 @@ def test_a_folder_of_loras_gives_the_same_space_as_their_data_set(host: Host, tr
         fit(graph, source="loras/test people", save_as="of files"),
     ]
     outputs = host.run(graph.nodes).outputs
-    assert "of one training of W2W++ Train People" in outputs[spaces[1]]["text"][0]
+    assert "3 LoRAs, of one training of W2W++ Train People" in outputs[spaces[1]]["text"][0]
     of_data, of_files = (
         w2wpp.load_space(host.base / "models" / "w2wpp" / f"{n}.safetensors")
         for n in ("of data", "of files")

@@ -39,6 +39,16 @@ ITERATIONS = 60
 ADVICE = "Choose fewer --components, use fewer rows, or a machine with more memory; --device cpu streams from disk."
 
 
+class SpanError(DataError):
+    """The training rows span fewer directions than there are to be components."""
+
+    def __init__(self, span: int) -> None:
+        self.span = span  # directions
+        super().__init__(
+            f"The training rows span only {span} directions. Choose at most that many components."
+        )
+
+
 @dataclass(frozen=True, eq=False)
 class FittedBasis:
     """A basis, the coefficients of the data set that it was made from, and how it was found."""
@@ -173,9 +183,7 @@ class _Job:
         variances = variances.cpu()
         rank = int((variances > 1e-10 * variances[0].clamp_min(1e-300)).sum())
         if rank < self.k:
-            raise DataError(
-                f"The training rows span only {rank} directions. Choose at most that many components."
-            )
+            raise SpanError(rank)
         return Basis(mean, std, v, variances.sqrt(), metric=self.metric)
 
 
@@ -457,9 +465,7 @@ def _by_iteration(job: _Job, saved: Saved) -> FittedBasis:
     found = lanczos.convergence
     values, vectors = lanczos.finish()
     if len(values) < k:
-        raise DataError(
-            f"The training rows span only {len(values)} directions. Choose at most that many components."
-        )
+        raise SpanError(len(values))
     v = vectors.T.half().cpu()
     _sign(v)
     basis = job.basis(mean, std, v, values)
