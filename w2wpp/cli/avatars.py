@@ -122,10 +122,18 @@ def _register_evaluate(verbs: Any) -> None:
 def _register_invert(verbs: Any) -> None:
     parser = verbs.add_parser("invert", help="a picture of an avatar to an identity")
     parser.add_argument("space", type=Path, metavar="SPACE")
-    parser.add_argument("image", type=Path, metavar="IMAGE", help="32 x 32")
+    parser.add_argument("image", type=Path, metavar="IMAGE", help="of any size")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="ID")
     parser.add_argument("--method", type=renamed(OLDER_NAMES), choices=METHODS, default="adam")
-    parser.add_argument("--mask", type=Path, help="32 x 32, white where the picture counts")
+    parser.add_argument("--mask", type=Path, help="of any size, white where the person is")
+    parser.add_argument(
+        "--no-framing", action="store_true", help="take the middle of the picture as it is"
+    )
+    parser.add_argument(
+        "--strict",
+        action="store_true",
+        help="an error if the result should not be trusted; it is written all the same",
+    )
     parser.add_argument(
         "--checkpoint", type=Path, metavar="FILE", help="saved there; taken up again if it exists"
     )
@@ -181,6 +189,8 @@ def run_invert(args: argparse.Namespace) -> Result:
         method=args.method,
         mask_path=args.mask,
         seed=args.seed,
+        crop=not args.no_framing,
+        strict=args.strict,
         callback=say(log),
         checkpoint=args.checkpoint,
     )

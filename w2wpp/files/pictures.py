@@ -15,15 +15,15 @@ from .opened import OpenedFile
 from .writing import replacing
 
 
-def open_picture(path: Path) -> Any:
-    """A picture file in RGB, as Pillow holds it. Raises FormatError for any other file."""
-    from PIL import Image
+def open_picture(path: Path, mode: str = "RGB") -> Any:
+    """A picture file in RGB or RGBA, upright, as Pillow holds it. Raises FormatError for what is none."""
+    from PIL import Image, ImageOps
 
     with OpenedFile(path) as opened:
         head = opened.read(0, SEEN)
     try:
         with Image.open(path) as file:
-            return file.convert("RGB")
+            return ImageOps.exif_transpose(file).convert(mode)
     except Exception as e:  # Pillow's readers fail in their own ways on damaged files
         kind = kind_of_bytes(head)
         is_what = f" but {kind}" if kind and kind != "a picture" else ""
@@ -49,6 +49,13 @@ def save_picture(picture: Any, path: Path) -> None:
 def pixels(picture: Any) -> Tensor:
     """[1, 3, H, W] in [-1, 1]."""
     return torch.from_numpy(np.array(picture)).float().div(127.5).sub(1).permute(2, 0, 1)[None]
+
+
+def picture_layers(path: Path) -> tuple[Tensor, Tensor | None]:
+    """A picture file as [1, 3, H, W] in [-1, 1], and its opacity [1, 1, H, W] in [0, 1], unless it is full."""
+    layers = pixels(open_picture(path, "RGBA"))
+    opacity = (layers[:, 3:] + 1) / 2
+    return layers[:, :3], None if bool((opacity == 1).all()) else opacity
 
 
 def square_picture(path: Path, size: int) -> Tensor:

@@ -72,11 +72,27 @@ def test_an_interrupted_inversion_goes_on_from_its_checkpoint(run, monkeypatch, 
     assert torch.equal(found, expected)
 
 
-def test_what_is_no_avatar_is_refused(run, tmp_path):
-    Image.new("RGB", (64, 48)).save(tmp_path / "large.png")
+def test_pictures_of_any_size_are_framed_and_judged(run, tmp_path):
+    portrait = Image.open(PORTRAIT)
+    wide = Image.new("RGBA", (90, 60), (40, 90, 120, 0))
+    wide.paste(portrait, (50, 20))
+    wide.save(tmp_path / "wide.png")
+    code, result, err = run("invert", SPACE, tmp_path / "wide.png", "-o", "id.safetensors")
+    assert code == 0, err
+    assert result["framing"]["how"] == ["mask"]  # what is opaque says where the person is
+    assert result["framing"]["placement"][0][0] > 0.3
+    assert "What is transparent does not count." in result["framing"]["remarks"]
+    assert result["verdict"]["evidence"]["gain"] > 0
+    assert result["verdict"]["confidence"] is None and not result["verdict"]["flagged"]
+    again = ("invert", SPACE, tmp_path / "wide.png", "--strict", "-o", "strict.safetensors")
+    code, _, err = run(*again)
+    assert code == 1 and "strict was asked for" in err
+    assert torch.equal(load_identity("strict.safetensors").z, load_identity("id.safetensors").z)
+
+
+def test_what_is_no_picture_is_refused(run, tmp_path):
     (tmp_path / "text.png").write_text("no picture")
-    for name, message in (("large.png", "Got 64 x 48"), ("text.png", "not a picture")):
-        code, result, err = run("invert", SPACE, tmp_path / name, "-o", "id.safetensors")
-        assert code == 1 and result is None and message in err and err.count("\n") == 1, err
-        assert not (tmp_path / "id.safetensors").exists()
+    code, result, err = run("invert", SPACE, tmp_path / "text.png", "-o", "id.safetensors")
+    assert code == 1 and result is None and "not a picture" in err and err.count("\n") == 1, err
+    assert not (tmp_path / "id.safetensors").exists()
     assert read_picture(PORTRAIT).shape == (1, 3, 32, 32)

@@ -9,13 +9,16 @@ from typing import Any
 from torch import Tensor
 
 from ...errors import ConfigError
-from ...files.pictures import open_picture, pixels
+from ...files.pictures import open_picture, picture_layers, pixels
 from ...identity import save_identity
-from ...inversion import Callback, Progress
+from ...inversion import Callback, Progress, session
+from ...inversion.framing import Framing
+from ...inversion.verdict import judge
 from ...spacefile import load_space
 from ..world.base import load_base
+from ..world.painter import noise_schedule
 from ..world.renderer import IMAGE_SIZE
-from .inversion import invert_pictures
+from .inversion import AvatarDenoiser
 
 
 def invert_file(
@@ -27,39 +30,55 @@ def invert_file(
     method: str,
     mask_path: Path | None = None,
     seed: int = 0,
+    crop: bool = True,
+    strict: bool = False,
     callback: Callback | None = None,
     checkpoint: Path | None = None,
 ) -> dict[str, Any]:
-    """Find the person of a picture file, write them to ``output``, and say what it took.
+    """Find the person of a picture file, write them to ``output``, and say what it took and how far to trust it.
 
-    A mask file is white where the picture counts. With a checkpoint an interrupted call goes on where it was.
+    A mask file is white where the person is. With a checkpoint an interrupted call goes on where it was. Strict refuses
+    what should not be trusted, after writing it.
     """
-    picture = read_picture(picture_path)
+    space, base = load_space(space_path), load_base(base_path)
+    picture, opacity = picture_layers(picture_path)
     mask = None
     if mask_path is not None:
-        mask = read_picture(mask_path).mean(1, keepdim=True) / 2 + 0.5  # white counts
-    solution = invert_pictures(
-        load_base(base_path),
-        load_space(space_path),
-        picture,
+        mask = picture_layers(mask_path)[0].mean(1, keepdim=True) / 2 + 0.5  # white counts
+    locator = space.start if space.start is not None and space.start.locates else None
+    framed = Framing(space.frame, locator, crop=crop)(picture, IMAGE_SIZE, mask=mask, alpha=opacity)
+    made = session(
+        space,
+        framed.pictures,
         method,
-        mask=mask,
+        faces=framed.pictures,
+        mask=framed.weights if framed.weighted else None,
         seed=seed,
-        callback=callback,
-        checkpoint=checkpoint,
     )
+    denoise, schedule = AvatarDenoiser(base, space.layout), noise_schedule(base)
+    solution = made.solve(denoise, schedule, callback=callback, checkpoint=checkpoint)
+    (gain,) = made.gain(denoise, schedule, solution.identity)
+    verdict = judge(space.start, framed, gain=gain)
     how = {**solution.identity.provenance, "picture": picture_path.name, "method": method}
     save_identity(replace(solution.identity, provenance=how), output)
+    if strict:
+        verdict.require()
     return {
         "identity": str(output),
         "evaluations": solution.evaluations,
         "loss": solution.loss,
         "stop_reason": solution.stop_reason,
+        "verdict": verdict.to_json(),
+        "framing": {
+            "how": list(framed.how),
+            "placement": [[round(n, 4) for n in row] for row in framed.placement.tolist()],
+            "remarks": list(framed.remarks),
+        },
     }
 
 
 def read_picture(path: Path) -> Tensor:
-    """A picture file as [1, 3, 32, 32] in [-1, 1]."""
+    """The picture file of an avatar as it is, [1, 3, 32, 32] in [-1, 1]."""
     picture = open_picture(path)
     if picture.size != (IMAGE_SIZE, IMAGE_SIZE):
         raise ConfigError(
