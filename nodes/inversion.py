@@ -24,7 +24,10 @@ from .host.plan import Plan, plan_run
 from .host.progress import Watch
 from .types import IdentitySocket, People, SpaceSocket, advanced, schema, seed_of_people
 
-PREVIEWS = 8  # in a run, unless somebody says how often
+PREVIEWS, FEW = (
+    8,
+    2,
+)  # in a run, unless somebody says how often; with and without ComfyUI's own previews
 PREVIEW_STEPS = 8  # enough to know the face by
 UNKNOWN = -1.0  # the confidence where nobody can tell
 
@@ -148,8 +151,8 @@ class InvertFromImage(io.ComfyNode):
                     default=-1,
                     min=-1,
                     max=10000,
-                    tooltip="The person found so far is painted on the node every so many steps, if previews are "
-                    "on in ComfyUI's settings. 0 is never, -1 is eight times in all.",
+                    tooltip="The person found so far is painted on the node every so many steps. 0 is never, -1 is "
+                    "eight times in all, or twice where previews are off in ComfyUI's settings.",
                     **advanced(),
                 ),
                 io.Combo.Input(
@@ -351,8 +354,8 @@ class _Watcher:
     ) -> None:
         self._watch, self._paint = watch, paint
         steps = session.recipe.steps
-        every = preview_every if preview_every >= 0 else math.ceil(steps / PREVIEWS)
-        self._every = every if watch.shows_previews else 0
+        usual = PREVIEWS if watch.shows_previews else FEW
+        self._every = preview_every if preview_every >= 0 else math.ceil(steps / usual)
         self._best: w2wpp.Identity | None = None
 
     def __call__(self, progress: inversion.Progress) -> None:

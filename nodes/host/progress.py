@@ -20,17 +20,20 @@ def announce(node: str, painted: dict[str, Any]) -> None:
 
 
 class Watch:
-    """The progress bar, the preview and the text of the running node, and whether Cancel was pressed."""
+    """The progress bar, the preview and the text of the running node, and whether Cancel was pressed.
+
+    `shows_previews`: whether the user's settings ask for previews. Latents that are given are shown in any case, where
+    the host knows how to without a model of its own.
+    """
 
     def __init__(self, model: Any, node: str) -> None:
         self._node = node
-        self._previewer = latent_preview.get_previewer(model.load_device, model.model.latent_format)
+        latents = model.model.latent_format
+        self._previewer = latent_preview.get_previewer(model.load_device, latents)
+        self.shows_previews = self._previewer is not None
+        if self._previewer is None and latents.latent_rgb_factors is not None:
+            self._previewer = _plain_previewer(latents)
         self._bar = comfy.utils.ProgressBar(1)
-
-    @property
-    def shows_previews(self) -> bool:
-        """Whether the user's settings ask for previews."""
-        return self._previewer is not None
 
     def show(self, step: int, steps: int, text: str, latents: torch.Tensor | None = None) -> None:
         """``latents`` [1, C, H, W], as the model sees them, become the preview. Raises if Cancel was pressed."""
@@ -53,6 +56,13 @@ class Watch:
 def tell(node: str, text: str) -> None:
     """Write on a running node."""
     PromptServer.instance.send_progress_text(text, node)
+
+
+def _plain_previewer(latents: Any) -> Any:
+    """The host's quickest way of showing latents: three sums of their channels."""
+    parts = ("latent_rgb_factors", "latent_rgb_factors_bias", "latent_rgb_factors_reshape")
+    known = [getattr(latents, part) for part in parts if hasattr(latents, part)]
+    return latent_preview.Latent2RGBPreviewer(*known)
 
 
 def steps_shown(node: str, what: str) -> Callable[[int, int], None]:

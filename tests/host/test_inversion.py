@@ -203,7 +203,7 @@ def test_the_face_is_previewed_at_intervals_and_the_loss_is_told(
     pictures = [
         Image.open(BytesIO(data[8:])) for data in received if data[:4] == struct.pack(">I", 1)
     ]
-    assert len(pictures) == 3
+    assert len(pictures) == 1 + 3  # the picture with its frame, then the face
     assert all(picture.width == picture.height for picture in pictures)
     assert all(np.asarray(picture).std() > 5 for picture in pictures)
 
