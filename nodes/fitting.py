@@ -14,9 +14,10 @@ from ..w2wpp.imports.w2w import LICENCE, TRIGGER_PROMPT
 from ..w2wpp.imports.w2w_space import hold_out, w2w_basis, w2w_coefficients
 from ..w2wpp.space import SpaceBasis
 from ..w2wpp.spacefile import space_bytes
+from ..w2wpp.training.basis_job import SpanError
 from ..w2wpp.training.coefficients import Coefficients
 from ..w2wpp.training.dataset import VectorDataset, holdout_by_identity
-from ..w2wpp.training.fit_basis import SpanError, fit_coefficients
+from ..w2wpp.training.fit_basis import fit_coefficients
 from ..w2wpp.training.fit_flow import with_flow
 from ..w2wpp.training.gather import public
 from ..w2wpp.training.run import Progress

@@ -8,6 +8,7 @@ import torch
 
 from w2wpp import ConfigError, DataError, Space, build_codec, encode_lora, load_space, save_space
 from w2wpp.errors import ResourceError
+from w2wpp.training import by_gram
 from w2wpp.training import checkpoint as checkpoint_module
 from w2wpp.training import dataset as dataset_module
 from w2wpp.training import fit_basis as module
@@ -56,7 +57,7 @@ def test_every_route_under_every_metric(layout, monkeypatch, name, route):
     n = 700 if route == "covariance" else 70
     data = make(layout, n)
     monkeypatch.setattr(dataset_module, "CHUNK_BYTES", 13 * 4 * layout.size)
-    monkeypatch.setattr(module, "BLOCK_BYTES", 40 * 4 * n)
+    monkeypatch.setattr(by_gram, "BLOCK_BYTES", 40 * 4 * n)
     chosen = metric(layout, name)
     limit = 8 if route == "iteration" else 8192
     fitted = fit_coefficients(data, 6, metric=chosen, exact_limit=limit, tolerance=1e-7)
@@ -181,7 +182,7 @@ class Counted:
 def test_the_data_are_read_twice_and_once_an_iteration(layout, tmp_path, monkeypatch, route):
     n = 900 if route == "covariance" else 90
     monkeypatch.setattr(dataset_module, "CHUNK_BYTES", 17 * 4 * layout.size)
-    monkeypatch.setattr(module, "BLOCK_BYTES", 40 * 4 * n)
+    monkeypatch.setattr(by_gram, "BLOCK_BYTES", 40 * 4 * n)
     memory = make(layout, n)
     memory = dataclasses.replace(memory, heldout=torch.zeros(n, dtype=torch.bool))
     stored = write_dataset(tmp_path / "d", memory.vectors(), layout, memory.identity)
@@ -215,7 +216,7 @@ def test_an_iteration_that_is_cut_short_says_so(layout):
 def test_killed_and_resumed_gives_the_same_bits(layout, tmp_path, monkeypatch, route):
     n = 700 if route == "covariance" else 70
     monkeypatch.setattr(dataset_module, "CHUNK_BYTES", 37 * 4 * layout.size)
-    monkeypatch.setattr(module, "BLOCK_BYTES", 40 * 4 * n)
+    monkeypatch.setattr(by_gram, "BLOCK_BYTES", 40 * 4 * n)
     monkeypatch.setattr(checkpoint_module, "EVERY", 0.0)
     data = make(layout, n, noise=0.3)
     limit = 8 if route == "iteration" else 8192
@@ -286,6 +287,6 @@ def test_out_of_memory_is_one_sentence_with_what_to_change(layout, monkeypatch):
     def fail(*args):
         raise MemoryError
 
-    monkeypatch.setattr(module, "_by_gram", fail)
+    monkeypatch.setattr(module, "by_gram", fail)
     with pytest.raises(ResourceError, match=r"^Out of memory\. .*--components"):
         fit_basis(make(layout), 3)

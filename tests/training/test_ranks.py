@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
+from w2wpp.training import by_gram as module
 from w2wpp.training import dataset as dataset_module
-from w2wpp.training import fit_basis as module
 from w2wpp.training.config import VaeTraining
 from w2wpp.training.dataset import load_dataset, write_dataset
 from w2wpp.training.fit_basis import fit_coefficients
