@@ -2,6 +2,7 @@
 
 import { app } from "../../../scripts/app.js";
 import { api } from "../../../scripts/api.js";
+import { drawCell, makeCell, pathButtons } from "./cells.js";
 import * as families from "./family.js";
 import { addStyles, chain, hide, make, register, runGraph, serverId, setValue, shield, valueOf, watch } from "./dom.js";
 import { texts } from "./texts.js";
@@ -20,6 +21,12 @@ class FaceGrid {
     this.busy = null; // the generation that is being painted, while a run is under way
     this.told = "";
     this.gone = new Set(); // names that the server knows no face for, such as those of a file from elsewhere
+    this.on = {
+      click: (i) => this.click(i),
+      rove: (i) => this.rove(i),
+      mark: (i, kind) => this.mark(i, kind),
+      lost: (url) => this.lost(url),
+    };
     this.build();
   }
 
@@ -116,8 +123,13 @@ class FaceGrid {
     this.focus = Math.min(this.focus, count - 1);
     const family = this.family;
     const names = this.names(family.at);
-    this.cells.forEach((cell, i) => this.drawCell(cell, i, family, names[i]));
-    this.drawPath(family);
+    const { chosen, focus, say } = this;
+    this.cells.forEach((cell, i) =>
+      drawCell(cell, i, say, { chosen: i === chosen, focused: i === focus, family, name: names[i] }),
+    );
+    const back = pathButtons(family, say, (generation) => this.names(generation), (generation) => this.goTo(generation));
+    this.path.hidden = !back.length;
+    this.path.replaceChildren(...back);
     this.showName();
     this.enable();
     this.tell(names);
@@ -133,74 +145,10 @@ class FaceGrid {
     const rows = Math.ceil(count / columns);
     this.grid.style.setProperty("--columns", columns);
     this.grid.style.setProperty("--rows", rows);
-    this.cells = Array.from({ length: count }, (_, i) => this.makeCell(i));
+    this.cells = Array.from({ length: count }, (_, i) => makeCell(i, this.say, this.on));
     const row = (r) =>
       make("div", { class: "w2wpp-row", role: "row" }, ...this.cells.slice(r * columns, (r + 1) * columns).map((c) => c.element));
     this.grid.replaceChildren(...Array.from({ length: rows }, (_, r) => row(r)));
-  }
-
-  makeCell(i) {
-    const { say } = this;
-    const mark = (sign, text, tip) =>
-      make("button", { type: "button", tabindex: -1, title: tip, "aria-label": tip, onclick: () => this.mark(i, sign) }, text);
-    const image = make("img", { alt: "", draggable: "false" });
-    image.addEventListener("error", () => this.lost(image.getAttribute("src")));
-    const face = make("button", {
-      type: "button",
-      class: "w2wpp-face w2wpp-empty",
-      "aria-keyshortcuts": "Enter M X L Plus Minus",
-      onclick: () => this.click(i),
-      onfocus: () => this.rove(i),
-    });
-    face.append(make("span", { class: "w2wpp-number", "aria-hidden": "true" }, String(i)));
-    const marks = {
-      lock: mark("lock", "\u2665", say.lock),
-      plus: mark("plus", "+", say.plus),
-      minus: mark("minus", "\u2212", say.minus),
-    };
-    const element = make(
-      "div",
-      { class: "w2wpp-cell", role: "gridcell" },
-      face,
-      make("div", { class: "w2wpp-marks" }, ...Object.values(marks)),
-    );
-    return { element, face, image, marks };
-  }
-
-  drawCell({ element, face, image, marks }, i, family, name) {
-    const { say } = this;
-    const chosen = i === this.chosen;
-    const locked = families.isLocked(family, i);
-    const sign = families.markOf(family, i);
-    element.setAttribute("aria-selected", chosen);
-    element.classList.toggle("w2wpp-kept", locked);
-    element.classList.toggle("w2wpp-on", locked || sign !== "");
-    const facts = [chosen && say.chosen, locked && say.locked, say.marked[sign], !name && say.unpainted];
-    face.setAttribute("aria-label", [say.face(i), ...facts.filter(Boolean)].join(", "));
-    face.tabIndex = i === this.focus ? 0 : -1;
-    marks.lock.title = locked ? say.unlock : say.lock;
-    for (const [kind, button] of Object.entries(marks)) {
-      button.setAttribute("aria-pressed", kind === "lock" ? locked : kind === sign);
-    }
-    showFace(face, image, name);
-  }
-
-  drawPath(family) {
-    const steps = families.path(family).slice(0, -1);
-    this.path.hidden = !steps.length;
-    const led = families.path(family).slice(1);
-    this.path.replaceChildren(
-      ...steps.map(({ generation }, i) => {
-        const names = this.names(generation);
-        const parents = led[i] ? (family.g[led[i].generation].of ?? []) : [];
-        const pictures = parents.map((cell) =>
-          names[cell] ? make("img", { src: faceUrl(names[cell]), alt: "" }) : make("span", { class: "w2wpp-empty" }),
-        );
-        const label = `${this.say.back} ${i + 1}`;
-        const go = () => this.goTo(generation);
-        return make("button", { type: "button", title: label, "aria-label": label, onclick: go }, ...(pictures.length ? pictures : ["\u21bb"]));
-      }),
-    );
   }
 
   enable() {
@@ -341,21 +289,6 @@ class FaceGrid {
     this.seed = valueOf(this.node, "seed");
     this.draw();
   }
-}
-
-function faceUrl(name) {
-  return api.apiURL(`/w2wpp/faces/${name}`);
-}
-
-function showFace(face, image, name) {
-  face.classList.toggle("w2wpp-empty", !name);
-  if (!name) {
-    image.removeAttribute("src");
-    return image.remove();
-  }
-  const url = faceUrl(name);
-  if (image.getAttribute("src") !== url) image.setAttribute("src", url);
-  if (image.parentElement !== face) face.prepend(image);
 }
 
 const grids = new Set();
