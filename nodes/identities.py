@@ -28,6 +28,9 @@ class SampleIdentity(io.ComfyNode):
             display_name="W2W++ Sample Identity",
             description="Draws people who do not exist from a space. The same seed gives the same people everywhere.",
             search_aliases=[
+                "face",
+                "character",
+                "consistent character",
                 "random face",
                 "new face",
                 "random identity",

@@ -58,7 +58,13 @@ class LoadIdentity(io.ComfyNode):
             node_id="W2WPP_LoadIdentity",
             display_name="W2W++ Load Identity",
             description="Brings saved people back, together with the space that they were made in.",
-            search_aliases=["load face", "import identity", "load character", "weights2weights"],
+            search_aliases=[
+                "load face",
+                "character",
+                "import identity",
+                "load character",
+                "weights2weights",
+            ],
             inputs=[
                 SpaceSocket.Input(
                     "space", tooltip="The space that they were made in, from W2W++ Load Space."

@@ -41,6 +41,10 @@ class InvertFromImage(io.ComfyNode):
             description="Finds the person of a picture in a space: the identity with which the model explains the "
             "picture best. From there they can be painted in other scenes, edited and mixed.",
             search_aliases=[
+                "face",
+                "character from picture",
+                "consistent character",
+                "ip adapter alternative",
                 "photo to identity",
                 "image to lora",
                 "face inversion",

@@ -24,7 +24,15 @@ class LoadSpace(io.ComfyNode):
             node_id="W2WPP_LoadSpace",
             display_name="W2W++ Load Space",
             description="Opens a space of identities: every point in it is a person, written as LoRA weights.",
-            search_aliases=["weights2weights", "w2w", "identity space", "new face", "random face"],
+            search_aliases=[
+                "face",
+                "character",
+                "w2w",
+                "identity space",
+                "new face",
+                "random face",
+                "weights2weights",
+            ],
             inputs=[
                 io.Combo.Input(
                     "space",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -18,6 +19,7 @@ REPO = Path(__file__).resolve().parents[1]
 NODES = sorted((REPO / "nodes").rglob("*.py"))
 SOURCES = [REPO / "__init__.py", *NODES, *sorted((REPO / "w2wpp").rglob("*.py"))]
 WORKFLOWS = sorted((REPO / "example_workflows").glob("*.json"))
+BLUEPRINTS = sorted((REPO / "subgraphs").glob("*.json"))
 
 
 def imported(path: Path, *, inside_functions: bool = True) -> set[str]:
@@ -69,6 +71,65 @@ def test_links_of_a_workflow_agree_with_its_nodes(path: Path) -> None:
         assert nodes[source]["outputs"][output]["type"] == kind
 
 
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_wires_run_left_to_right_and_nothing_overlaps(path: Path) -> None:
+    workflow = json.loads(path.read_text(encoding="utf-8"))
+    boxes = {node["id"]: (*node["pos"], *node["size"]) for node in workflow["nodes"]}
+    for _, source, _, target, *_ in workflow["links"]:
+        left, _, width, _ = boxes[source]
+        assert left + width < boxes[target][0], (source, target)
+    title = 30  # lies above a node's position
+    for (a, (x, y, w, h)), (b, (x2, y2, w2, h2)) in itertools.combinations(boxes.items(), 2):
+        apart = x + w < x2 or x2 + w2 < x or y + h < y2 - title or y2 + h2 < y - title
+        assert apart, (a, b)
+
+
+def test_examples_are_numbered_and_titled_by_their_files() -> None:
+    """The gallery shows the names as they are, a picture beside each, and the first has to run anywhere."""
+    names = [path.stem for path in WORKFLOWS]
+    assert all(re.fullmatch(r"\d\d [A-Z][\w ,.-]+", name) for name in names)
+    assert [int(name[:2]) for name in names] == list(range(1, len(names) + 1))
+    assert all(path.with_suffix(".jpg").is_file() for path in WORKFLOWS)
+    assert "Stable Diffusion" not in names[0]
+    text = "".join(
+        page.read_text("utf-8") for page in (REPO / "README.md", *REPO.glob("docs/*.md"))
+    )
+    for name in re.findall(r"`(\d\d [A-Z][^`]*)`", " ".join(text.split())):
+        assert name in names
+
+
+def test_an_app_shows_widgets_and_results_that_its_graph_has() -> None:
+    apps = [path for path in WORKFLOWS if path.stem.endswith(".app")]
+    assert len(apps) == 2
+    for path in WORKFLOWS:
+        workflow = json.loads(path.read_text(encoding="utf-8"))
+        assert workflow["extra"].get("linearMode", False) == (path in apps)
+        nodes = {node["id"]: node for node in workflow["nodes"]}
+        shown = workflow["extra"].get("linearData", {"inputs": [], "outputs": []})
+        assert all(nodes[id]["type"] == "SaveImage" for id in shown["outputs"])
+        for id, widget in shown["inputs"]:
+            assert widget in [slot["name"] for slot in nodes[id]["inputs"] if "widget" in slot]
+
+
+@pytest.mark.parametrize("path", BLUEPRINTS, ids=lambda path: path.stem)
+def test_a_blueprint_is_one_node_wired_to_what_is_inside(path: Path) -> None:
+    blueprint = json.loads(path.read_text(encoding="utf-8"))
+    (outside,), (inside,) = blueprint["nodes"], blueprint["definitions"]["subgraphs"]
+    assert outside["type"] == inside["id"] and inside["name"] == path.stem
+    assert inside["category"] == "W2W++" and inside["description"].endswith(".")
+    for kind in ("inputs", "outputs"):
+        assert [s["name"] for s in outside[kind]] == [s["name"] for s in inside[kind]]
+    nodes = {node["id"]: node for node in inside["nodes"]}
+    assert all(node["type"].startswith("W2WPP_") for node in nodes.values())
+    for link in inside["links"]:
+        source, target = nodes.get(link["origin_id"]), nodes.get(link["target_id"])
+        from_slot = (source["outputs"] if source else inside["inputs"])[link["origin_slot"]]
+        into_slot = (target["inputs"] if target else inside["outputs"])[link["target_slot"]]
+        assert from_slot["type"] == into_slot["type"] == link["type"]
+        assert link["id"] in (from_slot["links"] if source else from_slot["linkIds"])
+        assert link["id"] in ([into_slot["link"]] if target else into_slot["linkIds"])
+
+
 def packed() -> set[str]:
     """What `comfy node pack` archives: the files of the repository without those that .comfyignore names."""
     lines = [*(REPO / ".gitignore").read_text("utf-8").splitlines(), ".git/"]
@@ -90,7 +151,7 @@ def test_the_archive_of_the_registry_holds_the_pack_and_no_tests() -> None:
     beside = {"requirements.txt", "pyproject.toml", "LICENSE", "README.md", "models/README.md"}
     shipped = {f"models/{n}.safetensors" for n in ("avatars", "avatars-pca", "avatar-base")}
     assert code | beside | shipped <= names
-    for folder in ("web/docs", "locales/en", "example_workflows"):
+    for folder in ("web/docs", "locales/en", "example_workflows", "subgraphs"):
         assert {p.relative_to(REPO).as_posix() for p in (REPO / folder).iterdir()} <= names
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-import urllib.parse
 from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
@@ -53,15 +52,33 @@ def open_page() -> Iterator[Page]:
             browser.close()
 
 
-def open_template(page: Page, host: Host, name: str) -> None:
-    """Open an example workflow from the template gallery, by the gallery's own link."""
-    query = urllib.parse.urlencode({"template": name, "source": PACK_FOLDER})
-    page.goto(f"{host.url}/?{query}")
-    page.wait_for_function("() => window.app?.graph?.nodes?.length > 1")
-    page.wait_for_timeout(1000)
+WELCOMED = {  # or what greets new users lies over the graph
+    "Comfy.TutorialCompleted": True,
+    "Comfy.OnboardingCoachmarks.Seen": ["appMode", "firstRun"],
+    "Comfy.Workflow.Persist": False,
+}
+
+
+def open_front_end(page: Page, host: Host, *, vue: bool = False) -> None:
+    """The front end with nothing in its way, on the canvas or with Nodes 2.0."""
+    host.post(
+        "/settings", {**WELCOMED, "Comfy.VueNodes.Enabled": vue, "Comfy.Minimap.Visible": False}
+    )
+    page.goto(host.url)
+    page.wait_for_function("() => window.app?.extensionManager?.setting && window.app.graph")
+
+
+def open_template(page: Page, host: Host, name: str, *, vue: bool = False) -> None:
+    """Open an example workflow as the gallery does: its file from the pack's templates, loaded as a new graph."""
+    open_front_end(page, host, vue=vue)
     page.evaluate(
-        "app.extensionManager.setting.set('Comfy.Minimap.Visible', false)"
-    )  # it lies on the nodes
+        """async ([pack, name]) => {
+            const address = `/api/workflow_templates/${pack}/${encodeURIComponent(name)}.json`;
+            await app.loadGraphData(await (await fetch(address)).json(), true, true, name);
+        }""",
+        [PACK_FOLDER, name],
+    )
+    page.wait_for_timeout(1000)
     page.evaluate("app.extensionManager.command.execute('Comfy.Canvas.FitView')")
     page.wait_for_timeout(1000)  # the view glides
 
@@ -71,11 +88,15 @@ def trouble(page: Page) -> dict[str, list[Any]]:
 
 
 def press_run(page: Page, host: Host) -> dict[str, Any]:
-    """Press the Run button and wait; returns the history entry."""
+    """Press the Run button, or do what an App's does, and wait; returns the history entry."""
     with page.expect_response(
         lambda answer: answer.url.endswith("/prompt") and answer.request.method == "POST"
     ) as sent:
-        page.get_by_test_id("queue-button").first.click()
+        button = page.get_by_test_id("queue-button").first
+        if button.is_visible():
+            button.click()
+        else:  # an App's has another name in every version
+            page.evaluate("app.queuePrompt(0)")
     entry = host.wait(sent.value.json()["prompt_id"])
     page.wait_for_timeout(2000)  # the picture appears in the node
     return entry
@@ -100,8 +121,42 @@ def photograph(page: Page, path: Path) -> None:
         "width": box["width"] + 2 * margin,
         "height": box["height"] + 2 * margin,
     }
-    picture = Image.open(BytesIO(page.screenshot(clip=clip))).convert("RGB")
+    _save(page.screenshot(clip=clip), path)
+
+
+def show(page: Page, selector: str, path: Path) -> None:
+    """Save what an element shows, such as the faces of a widget, as a JPEG."""
+    element = page.locator(selector).first
+    page.wait_for_function(
+        "s => [...document.querySelectorAll(`${s} img`)].every(i => i.complete && i.naturalWidth)",
+        arg=selector,
+    )
+    _save(element.screenshot(), path)
+
+
+def _save(screenshot: bytes, path: Path) -> None:
+    picture = Image.open(BytesIO(screenshot)).convert("RGB")
     height = round(picture.height * THUMBNAIL_WIDTH / picture.width)
     picture.resize((THUMBNAIL_WIDTH, height), Image.Resampling.LANCZOS).save(
         path, quality=85, optimize=True
     )
+
+
+# Pairs of nodes whose boxes meet, as the front end draws them: titles included.
+OVERLAPS = """() => {
+    const boxes = app.graph.nodes.map(n => {
+        const element = document.querySelector(`[data-node-id="${n.id}"]`);
+        if (element) {
+            const {x, y, width, height} = element.getBoundingClientRect();
+            return [n.title, x, y, width, height];
+        }
+        return [n.title, ...n.getBounding()];
+    });
+    const meet = ([, x, y, w, h], [, x2, y2, w2, h2]) => x < x2 + w2 && x2 < x + w && y < y2 + h2 && y2 < y + h;
+    return boxes.flatMap((a, i) => boxes.slice(i + 1).filter(b => meet(a, b)).map(b => [a[0], b[0]]));
+}"""
+
+
+def overlaps(page: Page) -> list[list[str]]:
+    """Titles of nodes that lie on one another."""
+    return page.evaluate(OVERLAPS)

@@ -43,7 +43,7 @@ def object_info(host: Host) -> dict:
 
 
 def workflow_names() -> list[str]:
-    """All example workflows, by their files: a number, and a title."""
+    """All example workflows, by their files: a number, and a title, which for an App ends in ".app"."""
     return sorted(path.stem for path in (REPO / "example_workflows").glob("*.json"))
 
 

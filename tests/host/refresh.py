@@ -11,8 +11,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from .conftest import runnable_names, workflow_names
-from .server import PROBE, REPO, find_host, lay_out, serving
+import numpy as np
+from PIL import Image
+
+from .conftest import read_workflow, runnable_names, workflow_names
+from .server import PROBE, REPO, Result, find_host, lay_out, serving
 
 ENGLISH = REPO / "locales" / "en" / "nodeDefs.json"
 
@@ -43,7 +46,7 @@ def _texts(info: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    from .browser import open_page, open_template, photograph, press_run, trouble
+    from .browser import open_page, open_template, photograph, press_run, show, trouble
 
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder)
@@ -53,12 +56,26 @@ def main() -> None:
             texts = english(host.json("/object_info"))
             ENGLISH.write_text(json.dumps(texts, indent=2) + "\n", encoding="utf-8")
             for name in workflow_names():
+                thumbnail = REPO / "example_workflows" / f"{name}.jpg"
                 open_template(page, host, name)
                 if name in runnable_names():
-                    press_run(page, host)
+                    entry = press_run(page, host)
                 if found := trouble(page):
                     raise SystemExit(f"{name}: {found}")
-                photograph(page, REPO / "example_workflows" / f"{name}.jpg")
+                if name not in runnable_names():
+                    photograph(page, thumbnail)
+                elif any(node["type"] == "W2WPP_Explore" for node in read_workflow(name)["nodes"]):
+                    show(page, ".w2wpp-faces", thumbnail)
+                else:
+                    _save(Result(entry["outputs"], host.output).pictures()[0], thumbnail)
+
+
+def _save(picture: np.ndarray, path: Path) -> None:
+    """A result [H, W, 3] as a thumbnail: faces are what makes somebody open a workflow."""
+    width = 1200 if picture.shape[1] > picture.shape[0] else 800
+    height = round(width * picture.shape[0] / picture.shape[1])
+    big = Image.fromarray(picture).resize((width, height), Image.Resampling.LANCZOS)
+    big.save(path, quality=85, optimize=True)
 
 
 def _pretend_downloads(base: Path) -> None:

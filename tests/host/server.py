@@ -23,7 +23,9 @@ from PIL import Image
 REPO = Path(__file__).resolve().parents[2]
 PROBE = Path(__file__).parent / "probe"  # nodes for the tests only
 PACK_FOLDER = "W2W-plus.plus"  # a dash and a dot: a folder that was unzipped and renamed
-PACK_ENTRIES = ("__init__.py", "nodes", "w2wpp", "models", "web", "locales", "example_workflows")
+PACK_ENTRIES = (
+    "__init__.py", "nodes", "w2wpp", "models", "web", "locales", "example_workflows", "subgraphs",
+)  # fmt: skip
 SECONDS = 900  # for a start or a prompt; far more than either takes, for machines that are busy
 
 
@@ -64,7 +66,8 @@ class Result:
 
     def pictures(self, node: str | None = None) -> list[np.ndarray]:
         """Saved pictures [H, W, 3] uint8, of one node or of all of them in order."""
-        nodes = [node] if node else sorted(self.outputs, key=int)
+        in_order = sorted(self.outputs, key=lambda name: [int(n) for n in name.split(":")])
+        nodes = [node] if node else in_order  # ids of nodes inside a subgraph are two numbers
         shown = [image for n in nodes for image in self.outputs.get(n, {}).get("images", [])]
         saved = [image for image in shown if image["type"] == "output"]
         paths = [self.output_folder / image["subfolder"] / image["filename"] for image in saved]
@@ -108,10 +111,12 @@ class Host:
     def run(self, graph: dict[str, Any]) -> Result:
         """Queue a prompt in API format and wait for its end."""
         try:
-            number = self.post("/prompt", {"prompt": graph})["prompt_id"]
+            answer = self.post("/prompt", {"prompt": graph})
         except urllib.error.HTTPError as refusal:
             raise PromptFailed(refusal.read().decode()) from None
-        entry = self.wait(number)
+        entry = self.wait(answer["prompt_id"])
+        if answer["node_errors"]:  # of one output; others ran
+            raise PromptFailed(json.dumps(answer["node_errors"]))
         if entry["status"]["status_str"] != "success":
             raise PromptFailed(_what_went_wrong(entry))
         return Result(entry["outputs"], self.output)

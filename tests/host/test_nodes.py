@@ -140,3 +140,12 @@ def test_people_of_two_spaces_are_not_mixed(host: Host) -> None:
     graph.paint([graph.apply([walk, 0]), 0])
     with pytest.raises(PromptFailed, match="SpaceMismatch"):
         host.run(graph.nodes)
+
+
+def test_the_search_finds_the_pack_by_what_people_look_for(object_info: dict) -> None:
+    if "search_aliases" not in object_info["KSampler"]:
+        pytest.skip("hosts of 2025 know no search aliases")
+    for words in ("face", "character", "consistent character", "ip adapter alternative"):
+        found = {name for name in NAMES if words in object_info[name]["search_aliases"]}
+        assert {"W2WPP_Explore"} < found or words == "ip adapter alternative"
+        assert len(found) >= 2, words
