@@ -111,8 +111,8 @@ def _judge(
         inner, scales = components_among(c, singular_values, others)
         if len(scales) <= d:
             raise DataError(
-                f"{int(others.sum())} people span {len(scales)} components, too few to judge {d} latents on "
-                "the others. Choose a smaller --latent, or use pca."
+                f"{int(others.sum())} people span {len(scales)} components that matter, too few to judge {d} latents "
+                "on the others. Choose a smaller --latent, or use pca."
             )
         z, rest = inner[:, :d].double(), (inner[:, d:] * scales[d:]).double()
         total += float(rest[~others].square().sum())

@@ -240,6 +240,8 @@ def test_without_a_model_only_what_needs_none_is_made(people, compared):
     workshop = Workshop(people, None)
     assert workshop.can_make(Candidate("curved", "update", 32))
     assert not workshop.can_make(Candidate("pca", "functional", 32))
+    most = Candidate("curved", "parameter", 126)  # of 160 people, judged among 128
+    assert workshop.can_make(most) and not workshop.can_make(replace(most, latent=127))
     assert not workshop.can_make(Candidate("pca", "update", 160))
     with pytest.raises(ConfigError, match="needs the base model"):
         workshop.make(Candidate("pca", "functional", 32))

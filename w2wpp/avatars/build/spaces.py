@@ -21,7 +21,7 @@ from ...training.coefficients import Coefficients
 from ...training.config import VaeTraining, original_training
 from ...training.dataset import VectorDataset, write_dataset
 from ...training.fit_basis import fit_coefficients
-from ...training.fit_curved import CurvedTraining, fit_curved
+from ...training.fit_curved import FOLDS, CurvedTraining, fit_curved
 from ...training.fit_flow import with_flow
 from ...training.fit_vae import fit_vae, linear_space
 from ...training.output_term import OutputTerm
@@ -108,7 +108,11 @@ class Workshop:
 
     def can_make(self, candidate: Candidate) -> bool:
         """Whether there are people and components enough, and a model if it takes one."""
-        most = components_of(self.dataset) - (candidate.codec == "curved")
+        most = components_of(self.dataset)
+        if (
+            candidate.codec == "curved"
+        ):  # which is judged in the components of four fifths of the people
+            most = min(most - 1, len(self.dataset.training_rows) * (FOLDS - 1) // FOLDS - 2)
         return candidate.latent <= most and not (candidate.needs_model and self.model is None)
 
     def make(self, candidate: Candidate) -> Space:
