@@ -72,7 +72,11 @@ def lay_odd_files(folder: Path) -> None:
     (folder / ".import-a1b2c3d4").mkdir()
     (folder / ".import-a1b2c3d4" / "draft.safetensors").write_bytes(SPACE.read_bytes())
     (folder / ".w2wpp-0123456789ab.part").write_bytes(b"x")
+    (folder / "official" / "V.pt").mkdir(parents=True)
     if os.name != "nt":
+        os.mkfifo(folder / "official" / "mean.pt")
+        (folder / "official" / "std.pt").symlink_to(folder / "nothing")
+        (folder / "official" / "a.png").symlink_to(folder / "official" / "a.png")
         (folder / "dangling.safetensors").symlink_to(folder / "nothing")
         (folder / "circle.safetensors").symlink_to(folder / "circle.safetensors")
         (folder / "up").symlink_to(folder, target_is_directory=True)
@@ -140,6 +144,22 @@ def test_what_is_no_file_is_listed_and_says_why(odd: Host, name: str, reason: st
     )
     with pytest.raises(PromptFailed, match=reason):
         odd.run(graph.nodes)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no pipes in folders")
+def test_official_files_that_are_none_are_listed_and_say_why(odd: Host) -> None:
+    assert "official (official files)" in choices(odd, "W2WPP_LoadSpace", "space")
+    assert "input/official" in choices(odd, "W2WPP_ImportFiles", "file")
+    graph = Graph()
+    graph.add(
+        "W2WPP_SpaceInfo", space=[graph.add("W2WPP_LoadSpace", space="official.safetensors"), 0]
+    )
+    with pytest.raises(PromptFailed) as failure:
+        odd.run(graph.nodes)
+    message = str(failure.value)
+    assert "V.pt: 0.00 MB of about 3,986 MB, is a folder" in message
+    assert "mean.pt: 0.00 MB" in message and "a pipe" in message
+    assert "std.pt: 0.00 MB" in message and "no such file" in message
 
 
 def test_leftovers_of_killed_writers_are_never_listed(odd: Host) -> None:
