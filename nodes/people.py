@@ -26,7 +26,7 @@ from .types import DatasetSocket, LoraSocket, advanced, schema
 
 NO_FOLDER = "none"
 TITLE = "W2W++ Train People"
-PREVIEWS = 4  # of each group in training
+PREVIEWS, FEW = 4, 1  # of each group in training, with and without previews in the host's settings
 PREVIEW_STEPS = 8  # enough to know the face by
 TOGETHER = 16  # most people side by side
 
@@ -335,9 +335,9 @@ class _Watcher:
         )
 
     def _preview(self, moment: Moment) -> torch.Tensor | None:
-        every = math.ceil(moment.steps / PREVIEWS)
+        every = math.ceil(moment.steps / (PREVIEWS if self._watch.shows_previews else FEW))
         due = moment.step and (moment.step % every == 0 or moment.step == moment.steps)
-        if not due or not self._watch.shows_previews or moment.weights is None:
+        if not due or moment.weights is None:
             return None
         vector = moment.weights[:1].detach()
         return sample(
