@@ -145,7 +145,7 @@ class Frame:
         half = torch.tensor([self.half_width, self.half_height]).to(placement)
         return torch.cat([middle, placement[:, 2:3].exp() * half], dim=1)
 
-    def as_photographed(self, placement: Tensor, *, stds: float = 2.0) -> Tensor:
+    def as_photographed(self, placement: Tensor, *, stds: float = 1.25) -> Tensor:
         """Whether frames at placements [B, 4] lie so close to the whole picture as they do in training [B]."""
         spread = torch.tensor(self.spread).to(placement).clamp_min(1e-6)
         return (placement.abs() <= stds * spread).all(1)

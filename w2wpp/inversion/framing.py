@@ -107,6 +107,9 @@ class Framing:
         seen = self._look(picture, mask)
         placement, certainty, how, faces = self._place(picture, mask, seen, remarks)
         cut, inside = crop(picture, placement, size)
+        if self.locator is not None and how != "found":  # what would it say of what was taken?
+            with torch.no_grad():
+                certainty = float(self.locator.locate(cut).certainty)
         weights = inside
         for layer in (mask, alpha):
             if layer is not None:
@@ -159,7 +162,7 @@ class Framing:
         """Placement [1, 4], certainty, how and how many people."""
         whole = torch.zeros(1, 4)
         if not self.crop:
-            return whole, math.nan if seen is None else _surest(seen), "whole", 1
+            return whole, math.nan, "whole", 1
         faces = 0 if seen is None else len(seen.certainty)
         if seen is not None and faces:
             best = int(_merit(seen).argmax())
@@ -173,15 +176,14 @@ class Framing:
                 placement = whole if _is_square(picture) else placement
             return placement, float(seen.certainty[best]), "found", faces
         if mask is not None:
-            placement = self._place_by(mask, picture, remarks)
-            return placement, math.nan if seen is None else 0.0, "mask", 1
+            return self._place_by(mask, picture, remarks), math.nan, "mask", 1
         if seen is not None:
             remarks.append("No face was found; the middle of the picture was taken.")
         elif not _is_square(picture):
             remarks.append(
                 "The middle square of the picture was taken. Paint a mask over the person to say where they are."
             )
-        return whole, math.nan if seen is None else 0.0, "whole", 1
+        return whole, math.nan, "whole", 1
 
     def _place_by(self, mask: Tensor, picture: Tensor, remarks: list[str]) -> Tensor:
         """Placement [1, 4] in which what a mask shows lies as heads did in training."""
@@ -325,10 +327,6 @@ def _apart(seen: Sighting, frame: Frame) -> Sighting:
 def _merit(seen: Sighting) -> Tensor:
     """Large and certain: [m]."""
     return seen.certainty * seen.placement[:, 2].exp().sqrt()
-
-
-def _surest(seen: Sighting) -> float:
-    return float(seen.certainty.max()) if len(seen.certainty) else 0.0
 
 
 def _which(seen: Sighting, best: int) -> str:
