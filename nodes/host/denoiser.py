@@ -1,8 +1,11 @@
-"""The user's UNet as an inversion sees it: denoising with LoRAs as an argument.
+"""The user's model as an inversion sees it: denoising with LoRAs as an argument.
 
-For gradients the UNet is a private one: the host makes its
-weights in inference mode, where autograd can't use them, patches them in place and may move them away. Without
-gradients it is the host's own, with hooks for as long as the block lasts.
+Everything goes the host's own way: its sampler's helpers prepare the prompt, its model calls its network, its sampling
+says what noisy pictures and predictions are (``model.noise_schedule``). Only what the sampling does around the network
+is left to that schedule, so that no rounding comes between the network and the loss.
+
+For gradients the network is a private one; without them it is the host's own, with hooks for as long as the block
+lasts.
 """
 
 from __future__ import annotations
@@ -12,169 +15,150 @@ import gc
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import comfy.lora
 import comfy.model_management
-import comfy.ops
 import torch
-from comfy.ldm.modules.attention import SpatialTransformer, attention_pytorch
-from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ...w2wpp import Layout
 from ...w2wpp.errors import ConfigError
-from ...w2wpp.lora.hooks import hooked
-from .model import Target, check_fit, check_inputs, times
+from ...w2wpp.lora.hooks import Site, hooked
+from .model import PREFIX, Target, check_fit, check_inputs, has_frames, place_of
 from .plan import Plan, count_parameters
+from .private import attention, in_training, private_network, recompute, with_network
+from .prompts import Prompt, check_prompt
 
-PREFIX = "diffusion_model."
+
+class _Bare:
+    """A sampling of the host's that adds nothing to a network: noisy pictures go in and predictions out as they are."""
+
+    def __init__(self, sampling: Any) -> None:
+        self._sampling = sampling
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._sampling, name)
+
+    def calculate_input(self, sigma: Tensor, noisy: Tensor) -> Tensor:
+        """As the schedule made them."""
+        return noisy
+
+    def calculate_denoised(self, sigma: Tensor, output: Tensor, noisy: Tensor) -> Tensor:
+        """As the schedule takes it."""
+        return output
 
 
 class Denoiser:
     """``denoise(noisy [N, C, H, W], timestep [N], vectors [B, P])`` -> prediction [N, C, H, W].
 
-    Rows are ordered by LoRA, N a multiple of B.
+    Timesteps are those of the model's schedule. Rows are ordered by LoRA, N a multiple of B.
     """
 
     def __init__(
         self,
-        unet: nn.Module,
+        base: Any,
         layout: Layout,
-        modules: dict[str, nn.Module],
-        context: Tensor,
-        times: Tensor,
+        sites: dict[str, Site],
+        prompt: Prompt,
         plan: Plan,
+        functions: dict[str, Callable[[Tensor], Tensor]],
     ) -> None:
         self.plan = plan
-        self._unet, self._layout, self._modules = unet, layout, modules
-        self._context = context  # [1, tokens, channels]
-        self._times = times  # [T] as the UNet wants them
+        self._base, self._layout, self._sites, self._prompt = base, layout, sites, prompt
+        self._functions = functions  # of modules whose rows the host keeps in another order
+        self._sigmas = base.model_sampling.sigmas.detach().clone().to(plan.device)  # [T]
+        self._frames = has_frames(base)
         self._lora: dict[str, tuple[Tensor, Tensor]] = {}
-        self._options: dict[str, Any] = {}
+        self._options: dict[str, Any] = {"cond_or_uncond": [0]}
         if plan.gradients:
-            self._options["optimized_attention_override"] = _attention
+            self._options["optimized_attention_override"] = attention
 
     def __call__(self, noisy: Tensor, timestep: Tensor, vectors: Tensor) -> Tensor:
         place = {"device": self.plan.device, "dtype": self.plan.dtype}
         self._lora = self._layout.unpack(vectors.to(**place))
-        times = self._times[timestep.to(self._times.device)]
-        context = self._context.expand(len(noisy), -1, -1)
-        predicted = self._unet(
-            noisy.to(**place), times, context=context, transformer_options=dict(self._options)
+        for name, function in self._functions.items():
+            down, up = self._lora[name]
+            self._lora[name] = down, torch.stack([function(rows) for rows in up])
+        sigma = self._sigmas[timestep.to(self._sigmas.device)]
+        noisy = noisy.to(**place)
+        predicted = self._base.apply_model(
+            noisy.unsqueeze(2) if self._frames else noisy,
+            sigma,
+            transformer_options={**self._options, "sigmas": sigma},
+            **self._prompt.batch(len(noisy)),
         )
-        return predicted.float()
+        return predicted.squeeze(2) if self._frames else predicted
 
     @contextlib.contextmanager
     def hooked(self) -> Iterator[Denoiser]:
-        """Within the block the UNet's linear layers add the LoRAs of the last call."""
+        """Within the block the model's layers add the LoRAs of the last call."""
         try:
-            with hooked(self._modules, lambda name: self._lora[name], self._layout.scale):
+            with hooked(self._sites, lambda name: self._lora[name], self._layout.scale):
                 yield self
         finally:
             self._lora = {}
-            del self._unet, self._modules  # whoever still holds the denoiser holds no weights
+            # Whoever still holds the denoiser holds no weights.
+            del self._base, self._sites, self._prompt
 
-    def recompute(self) -> None:
-        """Keep only the inputs of the UNet's blocks for the way back, and run each block again there."""
-        for block in self._unet.modules():
-            if isinstance(block, ResBlock | SpatialTransformer):
-                block.forward = self._recomputed(block.forward)
+    def as_called(self, run: Callable) -> Callable:
+        """``run`` with the LoRAs of this call, also if a later call comes before it is run again."""
+        lora = self._lora
 
-    def _recomputed(self, forward: Callable) -> Callable:
-        def outer(*args: Any, **kwargs: Any) -> Tensor:
-            lora = self._lora  # of this call; a later one may come before the way back
+        def with_these(*args: Any, **kwargs: Any) -> Any:
+            before, self._lora = self._lora, lora
+            try:
+                return run(*args, **kwargs)
+            finally:
+                self._lora = before
 
-            def inner(*args: Any, **kwargs: Any) -> Tensor:
-                before, self._lora = self._lora, lora
-                try:
-                    return forward(*args, **kwargs)
-                finally:
-                    self._lora = before
-
-            return checkpoint(inner, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
-
-        return outer
-
-
-def _attention(_: Callable, *args: Any, **kwargs: Any) -> Tensor:
-    """In place of whatever kernel the host picked: some have no backward, some one that fails when memory is short."""
-    return attention_pytorch(*args, **kwargs)
-
-
-def _whole_weights(targets: dict[str, Target]) -> dict[str, str]:
-    """Refuses modules that are rows of a weight which the host fuses: a hook sees the output of the whole."""
-    whole = {name: key for name, key in targets.items() if isinstance(key, str)}
-    if len(whole) < len(targets):
-        raise ConfigError(
-            f"Inversion can't yet reach {len(targets) - len(whole)} modules of this space, which the model keeps "
-            "fused into larger weights. Apply Decoded LoRA can."
-        )
-    return whole
+        return with_these
 
 
 @contextlib.contextmanager
 def denoiser(model: Any, layout: Layout, conditioning: list, plan: Plan) -> Iterator[Denoiser]:
-    """The UNet of ``model`` with its patches, under a prompt. Nothing stays behind when the block is left."""
-    keys = _whole_weights(check_fit(model, layout))
+    """The network of ``model`` with its patches, under a prompt. Nothing stays behind when the block is left.
+
+    Raises LayoutMismatch for a model that the layout does not fit or that wants more than noisy pictures, and
+    ConfigError for a prompt that is not one for the whole picture.
+    """
+    targets = check_fit(model, layout)
     check_inputs(model)
-    moments = times(model)
+    check_prompt(conditioning)
+    sampling = model.get_model_object("model_sampling")
+    switch = in_training() if plan.gradients else contextlib.nullcontext()
     try:
         if plan.gradients:
             wanted = count_parameters(model) * plan.dtype.itemsize + plan.activations
             comfy.model_management.free_memory(wanted, plan.device)
-            unet = _private_unet(model, plan)
+            network = private_network(model, plan)
         else:
             comfy.model_management.load_models_gpu([model], memory_required=plan.activations)
-            unet = model.model.diffusion_model
-        names = {
-            m.name: keys[m.name].removeprefix(PREFIX).removesuffix(".weight")
-            for m in layout.modules
-        }
-        modules = {name: unet.get_submodule(path) for name, path in names.items()}
-        context = _context(conditioning).to(device=plan.device, dtype=plan.dtype)
-        denoise = Denoiser(unet, layout, modules, context, moments.to(plan.device), plan)
+            network = model.model.diffusion_model
+        base = with_network(model, network, _Bare(sampling))
+        sites, functions = _sites(network, targets)
+        latents = torch.zeros(1, *plan.latents, device=plan.device)
+        prompt = Prompt(base, conditioning, latents.unsqueeze(2) if has_frames(base) else latents)
+        prompt.require_no_picture(model, plan.latents[0])
+        denoise = Denoiser(base, layout, sites, prompt, plan, functions)
         if plan.checkpointing:
-            denoise.recompute()
-        with denoise.hooked():
+            recompute(network, denoise.as_called)
+        with switch, denoise.hooked():
             yield denoise
     finally:
-        unet = denoise = modules = None
+        network = base = denoise = sites = prompt = None
         gc.collect()  # checkpointed blocks refer to themselves
         comfy.model_management.soft_empty_cache()
 
 
-def _context(conditioning: list) -> Tensor:
-    """The prompt's tokens [1, tokens, channels]."""
-    if len(conditioning) != 1 or len(conditioning[0][0]) != 1:
-        raise ConfigError(
-            f"Inversion takes one prompt. Got {len(conditioning)} combined ones; connect a single CLIP Text Encode."
-        )
-    return conditioning[0][0].detach().clone()
-
-
-def _private_unet(model: Any, plan: Plan) -> nn.Module:
-    """A UNet whose weights are ordinary tensors with the model's patches in them; they are shared where they are equal
-    to the host's, which nothing here writes to."""
-    weights = {
-        key.removeprefix(PREFIX): _weight(key, entry, plan)
-        for key, entry in model.get_key_patches(PREFIX).items()
-    }
-    config = {**model.model.model_config.unet_config, "dtype": plan.dtype}
-    kind = type(model.model.diffusion_model)
-    unet = kind(**config, device="meta", operations=comfy.ops.disable_weight_init)
-    unet.load_state_dict(weights, strict=True, assign=True)
-    return unet.requires_grad_(False).eval()
-
-
-def _weight(key: str, entry: list, plan: Plan) -> Tensor:
-    (weight, convert), *patches = entry
-    weight = weight.detach()
-    as_is = weight.device.type == plan.device.type == "cpu" and weight.dtype == plan.dtype
-    if as_is and not patches:
-        shared = convert(weight, inplace=False)
-        return torch.from_dlpack(shared) if shared.is_inference() else shared
-    weight = convert(weight.to(device=plan.device, dtype=torch.float32, copy=True), inplace=True)
-    if patches:
-        weight = comfy.lora.calculate_weight(patches, weight, key)
-    weight = weight.to(plan.dtype)
-    return weight.clone() if weight.is_inference() else weight
+def _sites(
+    network: nn.Module, targets: dict[str, Target]
+) -> tuple[dict[str, Site], dict[str, Callable[[Tensor], Tensor]]]:
+    """The layers of a layout's modules in a network, and what the host does with the rows of some of them."""
+    sites, functions = {}, {}
+    for name, target in targets.items():
+        key, rows, function = place_of(target)
+        path, _, kind = key.removeprefix(PREFIX).rpartition(".")
+        if kind != "weight":
+            raise ConfigError(f"Inversion can't reach {name}: {key} is no weight of a layer.")
+        sites[name] = Site(network.get_submodule(path), rows and (rows[1], rows[2]))
+        if function is not None:
+            functions[name] = function
+    return sites, functions

@@ -7,12 +7,16 @@ from typing import Any
 
 import comfy.lora
 import comfy.model_sampling
-from torch import Tensor
+import torch
+from comfy.ldm.modules.attention import SpatialTransformer
+from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock, UNetModel
+from torch import Tensor, nn
 
-from ...w2wpp import Layout, NoiseSchedule
+from ...w2wpp import Layout, LinearSchedule, NoiseSchedule
 from ...w2wpp.errors import ConfigError, LayoutMismatch
 from ...w2wpp.lora.families import join_key
 
+PREFIX = "diffusion_model."
 Target = (
     str | tuple
 )  # the host's name of a weight, or (name, (dimension, start, length), ...) of a part of one
@@ -89,21 +93,55 @@ def model_name(model: Any) -> str:
     return f"{type(model.model.model_config).__name__} ({type(model.model).__name__})"
 
 
+def has_frames(base: Any) -> bool:
+    """Whether latents of a BaseModel have a dimension for the frames of a video, [N, C, frames, h, w]."""
+    return getattr(base.latent_format, "latent_dimensions", 2) == 3
+
+
 def grid(model: Any) -> int:
-    """What the sides of a picture must be multiples of for its UNet: the factor of the VAE, and of every halving."""
+    """What the sides of a picture must be multiples of: the factor of the VAE, and of every halving or patch."""
     config = model.model.model_config.unet_config
     if "fold" in config:
         return config["fold"] * 2 ** (len(config["channel_mult"]) - 1)
-    return 8 * 2 ** (len(config["channel_mult"]) - 1)
+    # Hosts of 2025 do not say; they know the factor of 8 only.
+    pixels = getattr(model.model.latent_format, "spacial_downscale_ratio", 8)
+    if "channel_mult" in config:
+        return pixels * 2 ** (len(config["channel_mult"]) - 1)
+    return pixels * patch_side(model)
+
+
+def patch_side(model: Any) -> int:
+    """Side of the patches that a transformer makes tokens of, in latent pixels; 1 for a UNet."""
+    if isinstance(model.model.diffusion_model, UNetModel):
+        return 1
+    patch = getattr(model.model.diffusion_model, "patch_size", 2)
+    return patch if isinstance(patch, int) else patch[-1]
+
+
+def blocks_of(network: nn.Module) -> list[nn.Module]:
+    """What a network consists of, one after the other: residual blocks and transformers of a UNet, or the blocks of a
+    transformer."""
+    if isinstance(network, UNetModel):
+        return [m for m in network.modules() if isinstance(m, ResBlock | SpatialTransformer)]
+    lists = [child for child in network.children() if isinstance(child, nn.ModuleList)]
+    return [block for blocks in lists for block in blocks]
 
 
 def usual_size(model: Any) -> int:
     """Side of the square pictures that a model was trained on."""
-    return getattr(model.model, "picture_size", 512)
+    if hasattr(model.model, "picture_size"):
+        return model.model.picture_size
+    config = model.model.model_config.unet_config
+    of_2022 = "channel_mult" in config and config.get("adm_in_channels") is None
+    return 512 if of_2022 else 1024  # SD 1 and 2; SDXL and what came after it
 
 
-def noise_schedule(model: Any) -> NoiseSchedule:
-    """The model's noise schedule, in double precision. Raises ConfigError for one that inversion does not know."""
+def noise_schedule(model: Any) -> NoiseSchedule | LinearSchedule:
+    """The model's noise schedule, in double precision, timestep by timestep of the table that the host samples from.
+
+    Whatever kind it is, the host's own functions say what noisy pictures and predictions are. Raises ConfigError for a
+    model that does not denoise.
+    """
     sampling = model.get_model_object("model_sampling")
     known = (
         (comfy.model_sampling.V_PREDICTION, "v_prediction"),  # an EPS as well, to the host
@@ -116,28 +154,49 @@ def noise_schedule(model: Any) -> NoiseSchedule:
     )
     kind = next((name for cls, name in known if isinstance(sampling, cls)), None)
     discrete = isinstance(sampling, comfy.model_sampling.ModelSamplingDiscrete)
-    if kind is None or not discrete or isinstance(sampling, others):
+    sigmas = sampling.sigmas.detach().clone().double().cpu()
+    if kind is not None and discrete and not isinstance(sampling, others):
+        return NoiseSchedule(1 / (sigmas**2 + 1), kind)
+    try:
+        return _linear_schedule(sampling, sigmas)
+    except ConfigError as e:
         raise ConfigError(
-            f"Inversion knows models that predict eps or v on discrete timesteps; {model_name(model)} samples as "
-            f"{', '.join(c.__name__ for c in type(sampling).__mro__[1:3])}."
-        )
-    return NoiseSchedule(1 / (sampling.sigmas.detach().clone().double() ** 2 + 1), kind)
+            f"Inversion needs a model that denoises; {model_name(model)} samples as "
+            f"{', '.join(c.__name__ for c in type(sampling).__mro__[1:3])}. ({e})"
+        ) from e
 
 
-def times(model: Any) -> Tensor:
-    """What the UNet is told for each timestep [T]."""
-    sampling = model.get_model_object("model_sampling")
-    return sampling.timestep(sampling.sigmas.detach().clone()).float()
+def _linear_schedule(sampling: Any, sigmas: Tensor) -> LinearSchedule:
+    """What the host's functions of a sampling do, told by what they do to a picture and to noise alone."""
+    one, zero = torch.ones_like(sigmas), torch.zeros_like(sigmas)
+    of_picture = sampling.noise_scaling(sigmas, zero.clone(), one.clone())
+    of_noise = sampling.noise_scaling(sigmas, one.clone(), zero.clone())
+    noisy = [sampling.calculate_input(sigmas, part) for part in (of_picture, of_noise)]
+    # x0 = kept(noisy) + gain * output, so the output that tells x0 is (x0 - kept(noisy)) / gain.
+    gain = sampling.calculate_denoised(sigmas, one, zero)
+    kept = [sampling.calculate_denoised(sigmas, zero, part) for part in (of_picture, of_noise)]
+    target = [(one - kept[0]) / gain, -kept[1] / gain]
+    return LinearSchedule(torch.stack(noisy, 1), torch.stack(target, 1))
 
 
 def check_inputs(model: Any) -> None:
     """Refuse what an inversion can't work with, before anything is loaded."""
-    base = model.model
-    wanted = base.model_config.unet_config["in_channels"]
-    given = base.latent_format.latent_channels * base.model_config.unet_config.get("fold", 1) ** 2
+    base, config = model.model, model.model.model_config.unet_config
+    given = base.latent_format.latent_channels * config.get("fold", 1) ** 2
+    wanted = config["in_channels"] if isinstance(base.diffusion_model, UNetModel) else given
     if base.concat_keys or wanted != given:
-        raise LayoutMismatch(
-            f"{model_name(model)} is an inpainting model or one like it: its UNet reads {wanted} channels, "
-            f"of which {given} are the picture. Invert with the ordinary checkpoint of the same family; the "
-            "identity can be applied to the inpainting model afterwards."
+        raise LayoutMismatch(inpainting(model, wanted, given))
+    if getattr(model, "weight_wrapper_patches", None):
+        raise ConfigError(
+            "This model carries LoRAs that act in a part of the sampling only (a start above 0). Invert with the model "
+            "as it was before them."
         )
+
+
+def inpainting(model: Any, read: int, picture: int) -> str:
+    """The message for a model that reads more channels than those of a picture."""
+    return (
+        f"{model_name(model)} is an inpainting model or one like it: its UNet reads {read} channels, "
+        f"of which {picture} are the picture. Invert with the ordinary checkpoint of the same family; the "
+        "identity can be applied to the inpainting model afterwards."
+    )

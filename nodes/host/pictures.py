@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...w2wpp.errors import ConfigError
-from .model import grid
+from .model import grid, has_frames, model_name
 
 
 def picture_latents(
@@ -27,7 +27,7 @@ def picture_latents(
     cell = grid(model)
     size = [max(cell, round(side * scale / cell) * cell) for side in (width, height)]
     scaled = comfy.utils.common_upscale(image[..., :3].movedim(-1, 1), *size, "area", "disabled")
-    latents = model.model.process_latent_in(vae.encode(scaled.movedim(1, -1)).clone()).float()
+    latents = _encoded(model, vae, scaled.movedim(1, -1))
     if mask is None:
         return latents, None
     weights = mask.reshape(-1, 1, *mask.shape[-2:]).float()
@@ -40,3 +40,21 @@ def picture_latents(
     if bool((weights.sum((1, 2, 3)) == 0).any()):
         raise ConfigError("The mask is empty. It should be white where the person is.")
     return latents, weights.to(latents.device)
+
+
+def _encoded(model: Any, vae: Any, pictures: Tensor) -> Tensor:
+    """[n, H, W, 3] -> [n, C, h, w]; a VAE of videos would take several pictures for the frames of one."""
+    base = model.model
+    if has_frames(base):
+        latents = torch.cat([vae.encode(picture[None]) for picture in pictures]).clone()
+        latents = latents.unsqueeze(2) if latents.ndim == 4 else latents
+    else:
+        latents = vae.encode(pictures).clone()
+    channels = base.latent_format.latent_channels
+    if latents.shape[1] != channels or latents.ndim - 2 != (3 if has_frames(base) else 2):
+        raise ConfigError(
+            f"{model_name(model)} works on latents of {channels} channels; this VAE gives {list(latents.shape)}. "
+            "Connect the VAE that belongs to the model."
+        )
+    latents = base.process_latent_in(latents).float()
+    return latents.squeeze(2) if has_frames(base) else latents

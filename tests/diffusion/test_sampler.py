@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from w2wpp.diffusion.sampler import sample
-from w2wpp.diffusion.schedule import NoiseSchedule
+from w2wpp.diffusion.schedule import LinearSchedule, NoiseSchedule
 from w2wpp.errors import ConfigError
 
 MEAN, STD = 0.7, 0.4
@@ -80,3 +80,21 @@ def test_asks_the_model_once_a_step_from_most_noise_to_least():
 def test_refuses_no_steps():
     with pytest.raises(ConfigError, match="at least one step"):
         sample(lambda x, t: x, torch.ones(1, 1, 1, 1), NoiseSchedule(ABAR, "eps"), 0)
+
+
+def test_a_flow_model_is_followed_from_nothing_but_noise():
+    sigmas = torch.linspace(0.001, 1, 1000, dtype=torch.float64)
+    one = torch.ones_like(sigmas)
+    schedule = LinearSchedule(torch.stack([1 - sigmas, sigmas], 1), torch.stack([-one, one], 1))
+
+    def predict(x, timestep):
+        alpha, sigma = schedule.scales(int(timestep[0]))
+        x0 = MEAN + alpha * STD**2 / (alpha**2 * STD**2 + sigma**2) * (x - alpha * MEAN)
+        return (x - x0) / sigma
+
+    noise = torch.randn(64, 1, 2, 2, generator=torch.Generator().manual_seed(0)).double()
+    errors = [
+        float((sample(predict, noise, schedule, n) - exact(noise, schedule)).abs().max())
+        for n in (5, 10, 20, 40)
+    ]
+    assert errors[-1] < 0.1 and all(b < 0.7 * a for a, b in pairwise(errors)), errors

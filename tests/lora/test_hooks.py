@@ -4,10 +4,12 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 
 from w2wpp.avatars.world.adapters import avatar_layout
 from w2wpp.avatars.world.base import AvatarBase
-from w2wpp.lora.hooks import loras_applied
+from w2wpp.errors import ConfigError
+from w2wpp.lora.hooks import Site, hooked, loras_applied
 
 
 @pytest.fixture(scope="module")
@@ -64,3 +66,76 @@ def test_the_layout_names_weights_of_the_base(base):
         weight = base.unet.get_submodule(module.name).weight
         assert weight.shape == (module.out_features, module.in_features)
     assert len(layout.modules) == 4 * 2 * 4
+
+
+LAYERS = {
+    "linear": (nn.Linear(6, 5), (4, 7, 6)),
+    "pointwise": (nn.Conv2d(6, 5, 1), (4, 6, 4, 3)),
+    "strided": (nn.Conv2d(6, 5, 3, stride=2, padding=1), (4, 6, 5, 4)),
+    "dilated": (nn.Conv1d(6, 5, 3, dilation=2, padding="same"), (4, 6, 9)),
+    "frames": (nn.Conv3d(6, 5, (1, 3, 3), padding=(0, 1, 1)), (4, 6, 2, 4, 4)),
+}
+
+
+def merged_output(layer: nn.Module, x: torch.Tensor, deltas: torch.Tensor) -> torch.Tensor:
+    """What copies of a layer with updates [N, out, in] put on their weights give, each for its rows."""
+    found = []
+    for rows, delta in zip(x.chunk(len(deltas)), deltas):
+        alone = copy.deepcopy(layer).double()
+        with torch.no_grad():
+            alone.weight += delta.view_as(alone.weight)
+        found.append(alone(rows))
+    return torch.cat(found)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("gradients", [False, True])
+def test_every_layer_gives_what_merging_gives(kind: str, gradients: bool) -> None:
+    layer, shape = LAYERS[kind]
+    layer = copy.deepcopy(layer).double().requires_grad_(False)
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=g, dtype=torch.float64)
+    down = torch.randn(2, 3, layer.weight[0].numel(), generator=g, dtype=torch.float64)
+    up = torch.randn(2, 5, 3, generator=g, dtype=torch.float64)
+    expected = merged_output(layer, x, 0.7 * up @ down)
+    with torch.set_grad_enabled(gradients), hooked({"a": layer}, lambda _: (down, up), 0.7):
+        torch.testing.assert_close(layer(x), expected)
+    assert not layer._forward_hooks
+
+
+@pytest.mark.parametrize("kind", ["linear", "strided"])
+def test_modules_that_share_a_layer_act_on_their_rows(kind: str) -> None:
+    layer, shape = LAYERS[kind]
+    layer = copy.deepcopy(layer).double().requires_grad_(False)
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=g, dtype=torch.float64)
+    size_in = layer.weight[0].numel()
+    rows = {"k": (3, 1), "q": (0, 2)}  # not in order, and nothing for the last row
+    lora = {
+        name: (
+            torch.randn(2, 2, size_in, generator=g, dtype=torch.float64),
+            torch.randn(2, count, 2, generator=g, dtype=torch.float64),
+        )
+        for name, (_, count) in rows.items()
+    }
+    deltas = torch.zeros(2, 5, size_in, dtype=torch.float64)
+    for name, (start, count) in rows.items():
+        deltas[:, start : start + count] = -1.5 * lora[name][1] @ lora[name][0]
+    sites = {name: Site(layer, span) for name, span in rows.items()}
+    expected = merged_output(layer, x, deltas)
+    with hooked(sites, lora.__getitem__, -1.5):
+        torch.testing.assert_close(layer(x), expected)
+    with (
+        pytest.raises(ConfigError, match="q and k are the same weights"),
+        hooked({"q": Site(layer, (0, 3)), "k": Site(layer, (2, 1))}, lora.__getitem__, 1.0),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("layer", [nn.Conv2d(4, 4, 3, groups=2), nn.LayerNorm(4)])
+def test_other_layers_are_refused_by_name(layer: nn.Module) -> None:
+    with (
+        pytest.raises(ConfigError, match=f"blocks.3 is of the kind {type(layer).__name__}"),
+        hooked({"blocks.3": layer}, lambda _: None, 1.0),
+    ):
+        pass

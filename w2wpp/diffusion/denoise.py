@@ -6,5 +6,6 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-# denoise(noisy [N, C, H, W], timestep [N], vectors [R, P]) -> prediction [N, C, H, W]; rows ordered by vector
+# denoise(noisy [N, C, H, W], timestep [N] of a schedule, vectors [R, P]) -> what the schedule says that the model
+# predicts, [N, C, H, W]; rows ordered by vector
 Denoise = Callable[[Tensor, Tensor, Tensor], Tensor]

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from .schedule import NoiseSchedule
+from .schedule import Schedule
 
 # predict(x [N, C, H, W], timestep [N]) -> what the schedule says that the model predicts, [N, C, H, W]
 Predict = Callable[[Tensor, Tensor], Tensor]
 
 
 @torch.no_grad()
-def sample(predict: Predict, noise: Tensor, schedule: NoiseSchedule, steps: int) -> Tensor:
+def sample(predict: Predict, noise: Tensor, schedule: Schedule, steps: int) -> Tensor:
     """noise [N, C, H, W] -> clean latents [N, C, H, W], in `steps` evaluations of the model.
 
     Timesteps are spread evenly over the schedule. Raises ConfigError for fewer than one step.
@@ -27,7 +27,7 @@ def sample(predict: Predict, noise: Tensor, schedule: NoiseSchedule, steps: int)
     scales = [schedule.scales(int(time)) for time in times]
     x, before = noise, None
     for i, time in enumerate(times):
-        x0 = schedule.clean(x, predict(x, time.to(x.device).expand(len(x))), *scales[i])
+        x0 = schedule.clean(x, predict(x, time.to(x.device).expand(len(x))), int(time))
         if i == steps - 1:
             break  # to no noise at all, where the estimate itself is the answer
         h = _half_log_snr(scales[i + 1]) - _half_log_snr(scales[i])
@@ -41,5 +41,5 @@ def sample(predict: Predict, noise: Tensor, schedule: NoiseSchedule, steps: int)
 
 
 def _half_log_snr(scales: tuple[float, float]) -> float:
-    """lambda = log(alpha / sigma)."""
-    return math.log(scales[0] / scales[1])
+    """lambda = log(alpha / sigma); of nothing but noise, with which flow models begin, the limit."""
+    return math.log(scales[0] / scales[1]) if scales[0] > 0 else -math.inf

@@ -1,7 +1,7 @@
 """From pictures of a person to a point of a space: a session joins objective, optimiser and driver."""
 
 from ..diffusion.denoise import Denoise
-from ..diffusion.schedule import NoiseSchedule
+from ..diffusion.schedule import LinearSchedule, NoiseSchedule, Schedule
 from .adam import Adam
 from .cma import Cma
 from .driver import invert
@@ -23,6 +23,7 @@ __all__ = [
     "Cma",
     "Denoise",
     "Draw",
+    "LinearSchedule",
     "Multistart",
     "NoiseSchedule",
     "Objective",
@@ -31,6 +32,7 @@ __all__ = [
     "Progress",
     "Recipe",
     "Run",
+    "Schedule",
     "Session",
     "Solution",
     "StopInversion",

@@ -14,7 +14,7 @@ from einops import rearrange, reduce
 from torch import Tensor
 
 from ..diffusion.denoise import Denoise
-from ..diffusion.schedule import NoiseSchedule
+from ..diffusion.schedule import Schedule
 from ..errors import ConfigError, DataError, ShapeError, check_finite
 from ..space import Space
 from .checkpoint import digest
@@ -46,13 +46,13 @@ class Objective:
         space: Space,
         pictures: Tensor,
         denoise: Denoise,
-        schedule: NoiseSchedule,
+        schedule: Schedule,
         *,
         draws: int = 8,  # M
         seed: int = 0,
         fresh: bool = False,  # new draws in every step, else the same ones
         stratified: bool = True,  # timesteps spread evenly over the schedule
-        weighting: str = "native",  # see NoiseSchedule.weights
+        weighting: str = "native",  # see Schedule.weights
         mask: Tensor | None = None,  # [n or 1, 1, H, W], what of the pictures counts
         prior: float = 0.0,  # weight of |z|^2 / 2
         micro_batch: int | None = None,  # most pictures that go through the UNet at once
@@ -106,7 +106,7 @@ class Objective:
             "pictures": self.pictures,
             "mask": self.mask,
             "weights": self.weights,
-            "alphas_cumprod": self.schedule.alphas_cumprod,
+            **self.schedule.tensors(),
         }
         return digest(facts, tensors)
 

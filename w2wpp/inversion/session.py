@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..diffusion.denoise import Denoise
-from ..diffusion.schedule import NoiseSchedule
+from ..diffusion.schedule import Schedule
 from ..errors import ConfigError
 from ..identity import Identity
 from ..space import Space
@@ -46,7 +46,7 @@ class Session:
     def solve(
         self,
         denoise: Denoise,
-        schedule: NoiseSchedule,
+        schedule: Schedule,
         *,
         micro_batch: int | None = None,
         callback: Callback | None = None,

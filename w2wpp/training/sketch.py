@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..diffusion.denoise import Denoise
-from ..diffusion.schedule import NoiseSchedule
+from ..diffusion.schedule import Schedule
 from ..errors import ConfigError, DataError, FormatError, ShapeError
 from ..files.container import open_container, write_container
 from ..lora.layout import Layout
@@ -32,7 +32,7 @@ DAMPING = 0.1  # weight of the parameter metric beside the sketch: keeps what n 
 
 def sketch(
     denoise: Denoise,
-    schedule: NoiseSchedule,
+    schedule: Schedule,
     pictures: Tensor,
     vectors: Tensor,
     *,

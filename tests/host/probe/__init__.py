@@ -7,8 +7,11 @@ import os
 
 import comfy.cldm.cldm
 import comfy.controlnet
+import comfy.lora
 import comfy.model_management
 import comfy.model_patcher
+import comfy.sampler_helpers
+import comfy.samplers
 import comfy.supported_models
 import folder_paths
 import torch
@@ -136,27 +139,124 @@ REDUCED = {
 }  # fmt: skip
 
 
+TOKENS = {  # numbers of each of a prompt's tokens, and of its pooled vector
+    "SDXL": (2048, 1280),
+    "SD3": (4096, 2048),
+    "Flux": (4096, 768),
+    "QwenImage": (3584, 0),
+    "ZImage": (64, 0),
+    "WAN21_T2V": (64, 0),
+}
+
+
 class ReducedModel(io.ComfyNode):
-    """A model of a family at reduced depth and width, all of its weights random."""
+    """A model of a family at reduced depth and width, all of its weights random, with a prompt and a VAE for it."""
 
     @classmethod
     def define_schema(cls):
         return io.Schema(
             node_id="Probe_ReducedModel",
             inputs=[io.Combo.Input("family", options=list(REDUCED))],
-            outputs=[io.Model.Output()],
+            outputs=[io.Model.Output(), io.Conditioning.Output(), io.Vae.Output()],
         )
 
     @classmethod
     def execute(cls, family):
+        generator = torch.Generator().manual_seed(1)
+        width, pooled = TOKENS[family]
+        options = {"pooled_output": torch.randn(1, pooled, generator=generator)} if pooled else {}
+        prompt = [[torch.randn(1, 12, width, generator=generator), options]]
+        model = cls.model(family)
+        latents = model.model.latent_format
+        return io.NodeOutput(
+            model, prompt, RandomVAE(latents.latent_channels, latents.latent_dimensions == 3)
+        )
+
+    @classmethod
+    def model(cls, family):
         config = getattr(comfy.supported_models, family)(copy.deepcopy(REDUCED[family]))
         config.set_inference_dtype(torch.float32, None)
         cpu = torch.device("cpu")
         model = config.get_model({}, "", device="cpu")
         fill(model.diffusion_model, torch.Generator().manual_seed(0))
-        return io.NodeOutput(
-            comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu)
+        return comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu)
+
+
+class PlantedModel(io.ComfyNode):
+    """A reduced model that is taught to denoise one picture, and from which a LoRA is then taken away.
+
+    So that LoRA is what the model lacks, and an inversion of the picture has to find it.
+    """
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="Probe_PlantedModel",
+            inputs=[
+                io.Combo.Input("family", options=list(REDUCED)),
+                io.Image.Input("image"),
+                io.Custom("W2W_IDENTITY").Input("identity"),
+                io.Int.Input("steps"),
+            ],
+            outputs=[io.Model.Output(), io.Conditioning.Output(), io.Vae.Output()],
         )
+
+    @classmethod
+    def execute(cls, family, image, identity, steps):
+        model, prompt, vae = ReducedModel.execute(family).args
+        with torch.inference_mode(False), torch.enable_grad():
+            cls.teach(model, prompt, vae.encode(image.clone()), steps)
+            space, person = identity.space, identity.identity
+            with torch.no_grad():
+                vectors = person.vectors(space)[0]
+                weights = dict(model.model.named_parameters())
+                names = comfy.lora.model_lora_keys_unet(model.model, {})
+                for name, (down, up) in space.layout.unpack(vectors).items():
+                    weight = weights[names["lora_unet_" + name.replace(".", "_")]]
+                    weight -= (space.layout.scale * up @ down).view_as(weight)
+        return io.NodeOutput(model, prompt, vae)
+
+    @classmethod
+    def teach(cls, patcher, prompt, latents, steps, rows=8):
+        model, sampling = patcher.model, patcher.model.model_sampling
+        clean = model.process_latent_in(latents)
+        conds = {"positive": comfy.sampler_helpers.convert_cond(prompt)}
+        conds = comfy.samplers.process_conds(
+            model, clean, conds, torch.device("cpu"), clean, None, 0
+        )
+        given = {
+            k: c.process_cond(batch_size=rows, area=None).cond
+            for k, c in conds["positive"][0]["model_conds"].items()
+        }
+        network, generator = model.diffusion_model, torch.Generator().manual_seed(2)
+        network.load_state_dict(
+            {k: v.clone() for k, v in network.state_dict().items()}, assign=True
+        )
+        network.requires_grad_(True)
+        # Flux adds in place to what its norms have read, which autograd wants to see again.
+        norms = [m for m in network.modules() if isinstance(m, torch.nn.LayerNorm)]
+        copies = [m.register_forward_pre_hook(lambda _, x: (x[0].clone(), *x[1:])) for m in norms]
+        adam = torch.optim.Adam(network.parameters(), lr=1e-3)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(adam, 2e-3, total_steps=steps)
+        comfy.model_management.in_training = True
+        try:
+            for _ in range(steps):
+                levels = (torch.rand(rows, generator=generator) * len(sampling.sigmas)).long()
+                sigma = sampling.sigmas[levels].clone()
+                noise = torch.randn(rows, *clean.shape[1:], generator=generator)
+                x0 = clean.expand(rows, *clean.shape[1:])
+                found = model.apply_model(sampling.noise_scaling(sigma, noise, x0), sigma, **given)
+                error = (found - x0).square().flatten(1).mean(1)
+                loss = (error / sigma.square()).mean()
+                adam.zero_grad()
+                loss.backward()
+                adam.step()
+                schedule.step()
+        finally:
+            comfy.model_management.in_training = False
+            network.requires_grad_(False)
+            for copy_made in copies:
+                copy_made.remove()
 
 
 class Adapters(io.ComfyNode):
@@ -346,13 +446,19 @@ def fill(module, generator):
 
 
 class RandomVAE:
-    """Stands in for SD 1.5's VAE: every 8x8 pixels to 4 numbers, and back."""
+    """Stands in for a VAE: every 8x8 pixels to some numbers, the first three of which tell the colour, and back."""
+
+    def __init__(self, channels=4, frames=False):
+        self.channels, self.frames = channels, frames
 
     def encode(self, pixels):
         small = torch.nn.functional.avg_pool2d(pixels[..., :3].movedim(-1, 1) * 2 - 1, 8)
-        return torch.cat([small, small.mean(1, keepdim=True)], 1) * 5
+        more = small.mean(1, keepdim=True).expand(-1, self.channels - 3, -1, -1)
+        found = torch.cat([small, more], 1) * 5
+        return found.unsqueeze(2) if self.frames else found
 
     def decode(self, latents):
+        latents = latents[:, :, 0] if latents.ndim == 5 else latents
         return (latents[:, :3] / 5).repeat_interleave(8, 2).repeat_interleave(8, 3).movedim(
             1, -1
         ) / 2 + 0.5
@@ -361,7 +467,8 @@ class RandomVAE:
 class ProbeExtension(ComfyExtension):
     async def get_node_list(self):
         return [
-            RandomModel, OtherModel, ReducedModel, Adapters, Weights, State, FailingSpace, SmallSD15, RandomControl,
+            RandomModel, OtherModel, ReducedModel, PlantedModel, Adapters, Weights, State, FailingSpace, SmallSD15,
+            RandomControl,
         ]  # fmt: skip
 
 
