@@ -526,6 +526,36 @@ def test_gradients_reach_the_latents(loras, rank, tolerance):
     assert torch.nn.functional.cosine_similarity(gradient, expected) > 0.95
 
 
+def test_uncut_the_coordinates_are_the_same_and_nothing_is_lost(loras, built):
+    """Also where the space's own rank loses much, and with gradients that are exact."""
+    space, _ = fit_delta(members_of(loras), CollectionSettings(rank=2))
+    uncut = space.uncut()
+    assert uncut.fingerprint == space.fingerprint and uncut.latent_size == space.latent_size
+    z = torch.randn(2, space.latent_size, generator=generator(31), requires_grad=True)
+    shares = space.basis.shares(space.codec.decode(space.codec_latent(z))).detach()
+    for space_of in (uncut, uncut.to("cpu")):
+        w = space_of.decode(z)
+        for row, share in zip(w.detach(), shares):
+            torch.testing.assert_close(
+                dense_vector(uncut, row), share @ built, atol=1e-5, rtol=1e-4
+            )
+    target = dense_vector(uncut, uncut.decode(torch.ones(1, space.latent_size))[0]).float()
+    updates = torch.stack([u.float() for u in built])
+    lora = uncut.layout.unpack(uncut.decode(z)[0])
+    whole = torch.cat([(lora[n][1] @ lora[n][0]).flatten() for n in SIZES])
+    (gradient,) = torch.autograd.grad((whole - target).square().sum(), z)
+    direct = space.basis.shares(space.codec.decode(space.codec_latent(z))).float() @ updates
+    (expected,) = torch.autograd.grad((direct[0] - target).square().sum(), z)
+    torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_uncut_is_offered_only_where_it_is_small(monkeypatch, made, make_space):
+    linear = make_space("pca")
+    assert linear.uncut() is linear
+    monkeypatch.setattr("w2wpp.delta_basis.UNCUT_RANK", 8)
+    assert made[0].uncut() is made[0]
+
+
 def test_pickled_and_copied_it_needs_no_file(made, tmp_path):
     save_space(made[0], tmp_path / "s.safetensors")
     space = load_space(tmp_path / "s.safetensors")

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -35,6 +35,7 @@ from .lora.delta import Factors, Stack, cut, inner, square_norm, stack
 from .lora.families import blocks
 from .lora.layout import Layout
 
+UNCUT_RANK = 256  # of all members together, up to which they are cheaper side by side than cut
 NEGLIGIBLE = 1e-6  # share of the largest eigenvalue below which a component is rounding
 
 
@@ -315,8 +316,26 @@ class DeltaBasis:
     def _block_list(self) -> list[str]:
         return sorted(set(self.block_names.values()))
 
+    def uncut(self) -> DeltaBasis | None:
+        """The same components with a layout of a rank at which lifting loses nothing; None where that takes much."""
+        ranks = self.stacks.ranks.sum(1)
+        rank = int(ranks.max())
+        layout = replace(self.layout, rank=rank, alpha=float(rank))
+        if rank > UNCUT_RANK or 4 * layout.size > KEPT_BYTES:
+            return None
+        basis = UncutBasis(
+            layout,
+            self.stacks,
+            grams=lambda: self.grams,
+            weights=self.weights,
+            mixing=self.mixing,
+            singular_values=self.singular_values,
+        )
+        basis._kept, basis._keeps = self._kept, self._keeps
+        return basis
+
     def _with(self, stacks: Stacks, mixing: Tensor, values: Tensor) -> DeltaBasis:
-        return DeltaBasis(
+        return type(self)(
             self.layout,
             stacks,
             grams=lambda: self.grams,
@@ -333,6 +352,24 @@ class DeltaBasis:
     def _half(self, module: int, part: str) -> Iterator[Tensor]:
         found = self.stack(module)
         yield (found.down if part == "down" else found.up.T).half()
+
+
+class UncutBasis(DeltaBasis):
+    """A delta basis whose lifts are the members' own factors side by side, which is linear in the coefficients."""
+
+    def lift(self, c: Array) -> Tensor:
+        """Whitened coefficients c [B, K] -> LoRAs w [B, P]: A of all members, and B times their weights."""
+        c = as_batch(c, self.n_components, "coefficients", "K")
+        shares = self.shares(c)  # [B, N]
+        parts = []
+        for i in range(len(self.layout.modules)):
+            stack = self.stack(i)
+            missing = self.layout.rank - stack.rank  # of a module that not all members have
+            weights = (shares[:, stack.owner] * stack.scale).to(stack.up)  # [B, R]
+            down = torch.nn.functional.pad(stack.down, (0, 0, 0, missing))
+            up = torch.nn.functional.pad(stack.up * weights[:, None, :], (0, missing))
+            parts += [down.flatten().expand(len(c), -1), up.flatten(1)]
+        return torch.cat(parts, dim=1)
 
 
 class _Nearest(torch.autograd.Function):

@@ -187,6 +187,17 @@ class Space:
         c = c if identity.residual is None else c + identity.residual
         return float(self.basis.kept_energy(c, w)[0])
 
+    def uncut(self) -> Space:
+        """The same coordinates and fingerprint, decoded to LoRAs of a rank that loses nothing, where that is small.
+
+        What an inversion moves along: of the spaces of collections, whose LoRAs are cut to a rank, only these decode
+        without a decomposition in every step. Any other space is returned as it is.
+        """
+        basis = self.basis.uncut() if isinstance(self.basis, DeltaBasis) else None
+        if basis is None:
+            return self
+        return replace(self, layout=basis.layout, basis=basis).known_as(self.fingerprint)
+
     def residual(self, c: Tensor, z: Tensor) -> Tensor:
         """What latents z [B, d] can't express of coefficients c [B, K], such that decode(z, residual) has them all."""
         return c - self.codec.decode(self.codec_latent(z))

@@ -80,7 +80,7 @@ class FamilyGraph(Graph):
         inputs = {
             "model": [base, 0], "vae": [base, 2], "positive": [base, 1], "space": self.space, "image": self.image,
             "method": "adam", "steps": 2, "seed": 0, "batch": 8, "learning_rate": 0.1, "prior": 0.0, "pivotal": 0.0,
-            "resolution": 64, "preview_every": 0, **changed,
+            "resolution": 64, "preview_every": 0, "framing": "off", **changed,
         }  # fmt: skip
         inverted = self.add("W2WPP_InvertFromImage", **inputs)
         self.shown = self.add("PreviewAny", source=[inverted, 2])

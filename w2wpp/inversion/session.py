@@ -132,7 +132,7 @@ def session(
         recipe = recipe_for(space if sees else space.with_(start=None), recipe, start)
     if start is None:
         start = start_from(space, faces, recipe.start, mask=mask)
-    return Session(space, pictures, recipe.adjusted(**changes), start, mask, seed)
+    return Session(space.uncut(), pictures, recipe.adjusted(**changes), start, mask, seed)
 
 
 def start_from(
