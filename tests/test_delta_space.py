@@ -23,10 +23,12 @@ from w2wpp.encode_delta import as_member
 from w2wpp.files.container import open_container
 from w2wpp.lora.collection import collect, members_of
 from w2wpp.lora.delta import Factors, cut
+from w2wpp.lora.members import member_of_tensors
 from w2wpp.mixtures import members, mix, sample_mixtures
 from w2wpp.training.collection_report import cosines, held_out_shares, mean_shares
 from w2wpp.training.fit_delta import (
     CollectionSettings,
+    compare_members,
     fit_delta,
     fitting,
     lora_files,
@@ -387,7 +389,7 @@ def test_spellings_of_one_lora_are_one(loras, tmp_path):
     opened, refused = open_members(lora_files([tmp_path]))
     assert [m.name for m in opened] == ["kohya", "older", "peft"]
     assert sorted(name for name, _ in refused) == ["broken", "loha"]
-    assert "LoHa" in dict(refused)["loha"]
+    assert "x lacks its part 'hada_w1_b'" in dict(refused)["loha"]
     assert opened[0].apart == 1 and {m.family for m in opened} == {"sd15"}
     together = collect(opened)
     assert set(together.shapes) == set(SIZES)
@@ -396,6 +398,105 @@ def test_spellings_of_one_lora_are_one(loras, tmp_path):
     total = sum(inner(together.stack(i)) for i in range(len(SIZES)))
     torch.testing.assert_close(cosines(total), torch.ones(3, 3).double(), atol=1e-6, rtol=0)
     torch.testing.assert_close(total, total[0, 0].expand(3, 3), rtol=1e-3, atol=0)
+
+
+def other_kinds(g):
+    """Files of other kinds for the modules of SIZES, and the updates that they mean, dense."""
+
+    def numbers(*shape):
+        return 0.3 * torch.randn(shape, generator=g)
+
+    loha, lokr, whole, high = {}, {}, {}, {}
+    updates = {"loha": {}, "lokr": {}, "whole": {}, "high": {}}
+    for n, (o, i) in SIZES.items():
+        key = "lycoris_" + n.replace(".", "_")
+        a1, b1, a2, b2 = numbers(o, 2), numbers(2, i), numbers(o, 3), numbers(3, i)
+        loha |= {
+            f"{key}.hada_w1_a": a1,
+            f"{key}.hada_w1_b": b1,
+            f"{key}.hada_w2_a": a2,
+            f"{key}.hada_w2_b": b2,
+        }
+        loha[f"{key}.alpha"] = torch.tensor(1.0)
+        updates["loha"][n] = 0.5 * (a1 @ b1) * (a2 @ b2)
+        w1, a, b = numbers(2, 2), numbers(o // 2, 2), numbers(2, i // 2)
+        lokr |= {f"{key}.lokr_w1": w1, f"{key}.lokr_w2_a": a, f"{key}.lokr_w2_b": b}
+        lokr[f"{key}.alpha"] = torch.tensor(1.0)
+        updates["lokr"][n] = 0.5 * torch.kron(w1, a @ b)
+        whole[f"diffusion_model.{n}.diff"] = updates["whole"][n] = numbers(o, i)
+        w2 = numbers(o // 2, i // 2)
+        high |= {f"{key}.lokr_w1": w1, f"{key}.lokr_w2": w2}
+        updates["high"][n] = torch.kron(w1, w2)
+    return {"loha": loha, "lokr": lokr, "whole": whole, "high": high}, updates
+
+
+def flat(update):
+    return torch.cat([update[n].double().flatten() for n in SIZES])
+
+
+def test_other_kinds_are_members_by_their_updates(made, loras):
+    files, updates = other_kinds(generator(41))
+    together = [*members_of(loras), *(member_of_tensors(files[n], n) for n in ("loha", "lokr"))]
+    space, report = fit_delta(together, CollectionSettings(rank=30))
+    assert not report.refused and report.names[-2:] == ("loha", "lokr")
+    expected = torch.stack(
+        [dense(u) for u in loras.values()] + [flat(updates[n]) for n in ("loha", "lokr")]
+    )
+    torch.testing.assert_close(space.basis.grams.total, expected @ expected.T, rtol=2e-3, atol=2e-3)
+    with_zero = torch.zeros(1, len(together), dtype=torch.float64)
+    for i, n in ((-2, "loha"), (-1, "lokr")):
+        shares = with_zero.clone()
+        shares[0, i] = 1.0
+        w = space.lift(space.basis.mixture(shares))[0]
+        lost = dense_vector(space, w) - flat(updates[n])
+        assert float(lost.norm()) < 2e-3 * float(flat(updates[n]).norm())
+        # And a file of that kind is encoded as what it is.
+        identity, told = encode_lora(space, lora_of_tensors(files[n]))
+        assert told.explained == pytest.approx(1.0, abs=1e-3)
+        torch.testing.assert_close(identity.z, space.basis.mixture(shares), atol=1e-2, rtol=0)
+
+
+def test_whole_matrices_are_members_once_they_are_cut_and_refused_otherwise(loras):
+    files, updates = other_kinds(generator(42))
+    together = [*members_of(loras), *(member_of_tensors(files[n], n) for n in ("whole", "high"))]
+    space, report = fit_delta(together)
+    assert [name for name, _ in report.refused] == ["whole", "high"]
+    assert "is a full difference that is a whole matrix" in dict(report.refused)["whole"]
+    assert "is a LoKr that is a whole matrix" in dict(report.refused)["high"]
+    compared = compare_members(together)
+    assert len(compared.names) == len(loras) and len(compared.refused) == 2
+    space, report = fit_delta(together, CollectionSettings(rank=30, cut_to=8))
+    assert not report.refused and 0.05 < report.rounding < 1
+    for i, n in ((-2, "whole"), (-1, "high")):
+        kept = sum(
+            float(torch.linalg.svdvals(updates[n][m].double())[:8].square().sum()) for m in SIZES
+        )
+        assert float(space.basis.grams.total[i, i]) == pytest.approx(kept, rel=1e-3)
+
+
+def test_what_depends_on_the_base_is_refused_by_file_and_module(loras):
+    module = next(iter(SIZES))
+    size_out, size_in = SIZES[module]
+    pair = {
+        f"{module}.lora_A.weight": torch.ones(1, size_in),
+        f"{module}.lora_B.weight": torch.ones(size_out, 1),
+    }
+    for extra, reason in (
+        ({f"{module}.dora_scale": torch.ones(size_out, 1)}, "is trained with DoRA"),
+        (
+            {f"{module}.diff": torch.ones(size_out, size_in)},
+            "is given as LoRA and as full difference",
+        ),
+    ):
+        with pytest.raises(FormatError, match=f"mine.*{module}.*{reason}|mine.*{module} {reason}"):
+            member_of_tensors({**pair, **extra}, "mine")
+    with pytest.raises(FormatError, match=f"mine: {module} is OFT.*Merge it"):
+        member_of_tensors({f"{module}.oft_blocks": torch.ones(2, 4, 4)}, "mine")
+    with pytest.raises(FormatError, match="trained with DoRA"):
+        space, _ = fit_delta(members_of(loras))
+        encode_lora(
+            space, lora_of_tensors({**pair, f"{module}.dora_scale": torch.ones(size_out, 1)})
+        )
 
 
 def test_the_shares_are_bounded(made):

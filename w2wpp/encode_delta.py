@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,15 @@ from .lora.delta import Factors, square_norm
 from .lora.families import Shape
 from .lora.files import LoraFile
 from .lora.layout import Layout
-from .lora.members import Member, fitted, member_of_tensors, open_member, read_fitted
+from .lora.members import (
+    Member,
+    fitted,
+    member_of_tensors,
+    open_member,
+    read_fitted,
+    source_of,
+)
+from .lora.source import InMemory
 from .space import Space
 
 
@@ -130,17 +138,22 @@ def layout_shapes(layout: Layout) -> dict[str, Shape]:
 
 
 def _member_of_file(file: LoraFile) -> Member:
-    tensors: dict[str, Tensor] = {}
-    other = next((n for n, u in file.updates.items() if not u.is_plain), None)
-    if other is not None:
+    dora = next((n for n, u in file.updates.items() if u.needs_base), None)
+    if dora is not None:
         raise FormatError(
-            f"{file.name}: {other} is of the kind {file.updates[other].kind_name}, which is more than "
-            "a product of two matrices. Convert it to a plain LoRA first, or leave it out."
+            f"{file.name}: {dora} is trained with DoRA: how it changes a weight depends on the base model's. Merge it "
+            "into that model and extract a plain LoRA, or leave it out."
         )
+    tensors: dict[str, Tensor] = {}
     for name, (a, b) in file.lora.items():
         tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = a, b
         tensors[f"{name}.alpha"] = torch.tensor(float(file.alphas[name]), dtype=torch.float64)
-    return member_of_tensors(tensors, Path(file.path).stem if file.path else "this LoRA")
+    others = {n: source_of(u.kind, u.parts) for n, u in file.updates.items() if not u.is_plain}
+    name = Path(file.path).stem if file.path else "this LoRA"
+    if not tensors:
+        return Member(name, InMemory(Path(name), {}), others)
+    member = member_of_tensors(tensors, name)
+    return replace(member, modules={**member.modules, **others})
 
 
 def _report(

@@ -1,12 +1,15 @@
 """LoRA files of a collection: opened by their headers, their updates read module by module.
 
-A collection may be far larger than memory, so nothing is read before it is asked for. A file that
-changes weights in another way than by B A (LoHa, LoKr, full differences, DoRA) does not fit: its
-updates need more than two matrices, and taking it in part would be wrong without a word.
+A collection may be far larger than memory, so nothing is read before it is asked for. An update of
+another kind than B A is brought into that form when it is read: LoHa and LoKr are products of a higher
+rank, exactly, as long as that rank is small. Others (full differences, LoHa and LoKr of high ranks)
+are whole matrices; `dense` says so, and whoever makes a space of them cuts them to a rank. What depends
+on the base model's weights (DoRA, OFT) does not fit: it has no update of its own.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -16,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..errors import FormatError, LayoutMismatch
+from ..errors import FormatError, LayoutMismatch, reading
 from .delta import Factors
 from .families import (
     UNKNOWN,
@@ -28,7 +31,9 @@ from .families import (
     recognise,
     split_sizes,
 )
-from .kinds import Scale
+from .kinds import KINDS, MAGNITUDES, Kind, Parts, Scale
+from .names import split_key
+from .products import Product
 from .source import InMemory, open_source
 from .source import Source as Tensors
 from .stated import stated_by
@@ -37,26 +42,65 @@ _PART = re.compile(
     r"(?P<module>.+?)(?:\.lora_(?P<kohya>down|up)|\.lora_(?P<peft>[AB])(?:\.(?!weight$)[^.]+)?"
     r"|(?:\.lora(?:_linear_layer)?|(?P<old>_lora))\.(?P<older>down|up))(?:\.weight)?"
 )
-_OTHER_KINDS = {
-    "LoHa": ("hada_w1_a", "hada_w2_a"),
-    "LoKr": ("lokr_w1", "lokr_w1_a", "lokr_w2"),
-    "DoRA": ("dora_scale", "lora_magnitude_vector", "magnitude"),
-    "OFT": ("oft_blocks", "oft_diag"),
-    "full differences": ("diff", "set_weight"),
-    "LoCon with a Tucker core": ("lora_mid", "lora_mid.weight"),
-}
+# Of the keys of other kinds, those that change no weight of a linear layer by themselves.
+_BESIDE = frozenset({"diff_b", "bias", "lora_bias", "w_norm", "b_norm", "weight", "alpha"})
+_KIND_OF = {part: kind for kind in KINDS for part in kind.parts}
 
 
 @dataclass(frozen=True)
 class Source:
     """Where one module's update stands in a file; `rows` of B if the file fuses several modules."""
 
-    down: str
-    up: str
-    scale: float
     rank: int
     shape: Shape
     rows: tuple[int, int] | None = None
+
+    @property
+    def dense(self) -> bool:
+        """Whether it is a whole matrix, of any rank."""
+        return False
+
+    def read(self, file: Tensors) -> Factors:
+        """The update, all rows of it."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair(Source):
+    """A and B as the file has them."""
+
+    down: str
+    up: str
+    scale: float
+
+    def read(self, file: Tensors) -> Factors:
+        """The update, all rows of it."""
+        return Factors(file.read(self.down).flatten(1), file.read(self.up).flatten(1), self.scale)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Built(Source):
+    """An update of another kind, by what the file holds of it."""
+
+    kind: Kind
+    parts: Parts
+    product: bool
+
+    @property
+    def dense(self) -> bool:
+        """Whether it is a whole matrix, of any rank."""
+        return not self.product
+
+    def read(self, file: Tensors) -> Factors:
+        """The update, all rows of it; of a whole matrix, itself and the identity."""
+        with reading(f"{self.parts.source.path}: {self.parts.module}"):
+            delta = self.kind.delta(self.parts)
+        if isinstance(delta, Product):
+            return Factors(delta.a, delta.b)
+        size_out, size_in = delta.d.shape
+        if size_in <= size_out:
+            return Factors(torch.eye(size_in), delta.d)
+        return Factors(delta.d, torch.eye(size_out))
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,10 +130,16 @@ class Member:
         source = self.modules.get(module)
         if source is None:
             return None
-        up = self.file.read(source.up).flatten(1)
-        if source.rows is not None:
-            up = up[slice(*source.rows)]
-        return Factors(self.file.read(source.down).flatten(1), up, source.scale)
+        f = source.read(self.file)
+        return f if source.rows is None else replace(f, up=f.up[slice(*source.rows)])
+
+    @property
+    def dense(self) -> tuple[str, str] | None:
+        """(a module that is a whole matrix, its kind), none where all are products."""
+        for name, source in self.modules.items():
+            if isinstance(source, Built) and source.dense:
+                return name, source.kind.name
+        return None
 
     def split(self) -> Member:
         """The same with the original code's names replaced by diffusers', fused weights by their parts."""
@@ -115,19 +165,20 @@ def member_of_tensors(tensors: Mapping[str, Tensor], name: str = "this LoRA") ->
 
 
 def _member(file: Tensors, name: str) -> Member:
-    halves, alphas, apart, unread = _sorted_keys(file)
-    if not halves:
+    found, alphas, apart, unread = _sorted_keys(file)
+    if not found:
         more = f"; {apart} modules of text encoders are not a space's business" if apart else ""
         raise FormatError(
             f"{file.path} holds no LoRA of a diffusion model in a known spelling (first key: "
             f"{next(iter(file.entries), 'none')}){more}."
         )
     stated = stated_by(file)
-    modules = {}
-    for module, keys in halves.items():
+    modules: dict[str, Source] = {}
+    for module, keys in found.items():
         alpha = alphas.get(join_key(module))
         scale = stated.of(module) if alpha is None else Scale(alpha)
-        modules[module] = _source(file, module, keys, scale)
+        pair = keys.keys() <= {"down", "up"}
+        modules[module] = (_pair if pair else _built)(file, module, keys, scale)
     spelled: dict[str, str] = {}
     for module in modules:
         if other := spelled.get(join_key(module)):
@@ -138,64 +189,86 @@ def _member(file: Tensors, name: str) -> Member:
 
 def _sorted_keys(
     file: Tensors,
-) -> tuple[dict[str, dict[bool, str]], dict[str, float], int, list[str]]:
-    """{module: {is it A: key}}, {joined module: alpha}, modules of text encoders, other keys."""
-    halves: dict[str, dict[bool, str]] = {}
+) -> tuple[dict[str, dict[str, str]], dict[str, float], int, list[str]]:
+    """{module: {part: key}}, {joined module: alpha}, modules of text encoders, other keys."""
+    found: dict[str, dict[str, str]] = {}
     alphas: dict[str, float] = {}
     texts, unread = set(), []
     for key in file.entries:
         if is_of_text_encoder(key):
             texts.add(key.split(".lora", 1)[0].split(".alpha", 1)[0])
-        elif key.endswith(".alpha"):
+            continue
+        if key.endswith(".alpha"):
             alphas[join_key(key.removesuffix(".alpha"))] = _number(file, key)
-        elif m := _PART.fullmatch(key):
-            part = m["kohya"] or m["peft"] or m["older"]
-            spelled = re.sub(r"\.to_out$", ".to_out.0", m["module"])
-            pair = halves.setdefault(module_name(spelled), {})
-            if (part in ("down", "A")) in pair:
-                raise FormatError(
-                    f"{file.path}: {m['module']} appears twice; the file holds more than one LoRA. "
-                    "Split it first."
-                )
-            pair[part in ("down", "A")] = key
+            continue
+        if m := _PART.fullmatch(key):
+            raw, part = m["module"], m["kohya"] or m["peft"] or m["older"]
+            part = "down" if part in ("down", "A") else "up"
         else:
-            _refuse_other_kinds(file.path, key)
+            raw, part = split_key(key)
+        if not part or part in _BESIDE:
             unread.append(key)
-    return halves, alphas, len(texts), unread
-
-
-def _refuse_other_kinds(path: Path, key: str) -> None:
-    for kind, endings in _OTHER_KINDS.items():
-        if key.endswith(tuple("." + end for end in endings)):
+            continue
+        parts = found.setdefault(module_name(re.sub(r"\.to_out$", ".to_out.0", raw)), {})
+        if part in parts:
             raise FormatError(
-                f"{path} holds {kind} ({key}), which is more than a product of two matrices. "
-                "Convert it to a plain LoRA first, or leave it out."
+                f"{file.path}: {raw} appears twice; the file holds more than one LoRA. Split it first."
             )
+        parts[part] = key
+    return found, alphas, len(texts), unread
 
 
-def _source(
-    file: Tensors,
-    module: str,
-    keys: Mapping[bool, str],
-    scale: Scale,
-) -> Source:
+def _built(file: Tensors, module: str, keys: Mapping[str, str], scale: Scale) -> Source:
+    parts = Parts(module, keys, file, scale)
+    if MAGNITUDES & keys.keys():
+        raise parts.error(
+            "is trained with DoRA: how it changes a weight depends on the base model's. Merge it into "
+            "that model and extract a plain LoRA (ComfyUI: Load LoRA, ModelSubtract, Extract and Save "
+            "Lora), or leave it out."
+        )
+    kinds = {_KIND_OF[part].name: _KIND_OF[part] for part in keys if part in _KIND_OF}
+    if len(kinds) != 1:
+        raise parts.error(
+            f"is given as {' and as '.join(sorted(kinds)) or sorted(keys)}. Split the file first."
+        )
+    (kind,) = kinds.values()
+    return source_of(kind, parts)
+
+
+def source_of(kind: Kind, parts: Parts) -> Source:
+    """The update that a file's parts of a module make, of any kind. Raises FormatError for kinds that are refused."""
+    with reading(f"{parts.source.path}: {parts.module}"):
+        sizes = kind.shape(parts)
+        if not sizes:
+            kind.delta(parts)  # says why it is refused
+        rank = kind.product_rank(parts)
+    size_out, size_in, *kernel = sizes
+    size_in *= math.prod(kernel)
+    shape = Shape(size_in, size_out, tuple(kernel))
+    return Built(
+        rank=rank or min(size_out, size_in),
+        shape=shape,
+        kind=kind,
+        parts=parts,
+        product=rank is not None,
+    )
+
+
+def _pair(file: Tensors, module: str, keys: Mapping[str, str], scale: Scale) -> Source:
     if len(keys) < 2:
         raise FormatError(
             f"{file.path}: {module} has only one of its two matrices. Download or copy it again."
         )
-    down, up = (tuple(file.entries[keys[is_down]].shape) for is_down in (True, False))
+    down, up = (tuple(file.entries[keys[part]].shape) for part in ("down", "up"))
     fits = len(down) in (2, 3, 4, 5) and len(up) == len(down) and all(n == 1 for n in up[2:])
     if not fits or down[0] != up[1] or min(*down, *up) < 1:
         raise FormatError(
             f"{file.path}: the ranks of {module} differ, or it is no product: A {list(down)}, B {list(up)}."
         )
-    area = 1
-    for n in down[2:]:
-        area *= n
     kernel = down[2:] if len(down) > 2 else ()
-    shape = Shape(down[1] * area, up[0], kernel)
+    shape = Shape(down[1] * math.prod(kernel), up[0], kernel)
     rank = down[0]
-    return Source(keys[True], keys[False], scale.of(rank), rank, shape)
+    return Pair(rank=rank, shape=shape, down=keys["down"], up=keys["up"], scale=scale.of(rank))
 
 
 def _number(file: Tensors, key: str) -> float:

@@ -109,14 +109,21 @@ _AROUND = {
 }
 
 
+def split_key(key: str) -> tuple[str, str]:
+    """(the module as it is spelled, the part), empty strings if unknown."""
+    for pattern, part in _PARTS:
+        if match := pattern.fullmatch(key):
+            return match["module"], part or match["part"]
+    return "", ""
+
+
 @lru_cache(maxsize=65536)
 def parse_key(key: str, layers: int = LAYERS) -> tuple[str, str, str]:
     """(UNET, TEXT or OTHER; the module's dotted diffusers name; the part), empty strings if unknown."""
     key = key.replace("_orig_mod.", "")
-    for pattern, part in _PARTS:
-        if match := pattern.fullmatch(key):
-            where, module = module_name(match["module"], layers)
-            return where, module, part or match["part"]
+    raw, part = split_key(key)
+    if part:
+        return *module_name(raw, layers), part
     return (TEXT if key.startswith(_TEXT) else OTHER), "", ""
 
 

@@ -131,6 +131,22 @@ def fitting(members: Sequence[Member]) -> tuple[list[Member], list[tuple[str, st
     return fit, refused
 
 
+def _products(members: Sequence[Member]) -> tuple[list[Member], list[tuple[str, str]]]:
+    """Those whose updates are products of thin matrices, and why not the others."""
+    kept, refused = [], []
+    for member in members:
+        if member.dense is None:
+            kept.append(member)
+            continue
+        module, kind = member.dense
+        reason = (
+            f"{module} is a {kind} that is a whole matrix, no product of a few ranks. Cut the LoRAs to a "
+            "rank (64, for one) when making a space of them; what that loses is told"
+        )
+        refused.append((member.name, reason))
+    return kept, refused
+
+
 def _module_keys(members: Sequence[Member]) -> set[tuple[str, int, int]]:
     """Modules with their sizes, however they are spelled and fused."""
     return {
@@ -166,8 +182,9 @@ def fit_delta(
     default. Members that do not fit are left out and reported.
     """
     settings = settings or CollectionSettings()
+    members, whole = ([*members], []) if settings.cut_to else _products(members)
     members, unfit = fitting(members)
-    refused = [*refused, *unfit]
+    refused = [*refused, *whole, *unfit]
     _require_enough(members, refused)
     collection = collect(members, settings.cut_to)
     layout = collection_layout(collection, _rank(collection, settings))
@@ -265,8 +282,9 @@ def compare_members(
     progress: Progress | None = None,
 ) -> Comparison:
     """Inner products of those that fit together."""
+    members, whole = _products(members)
     members, unfit = fitting(members)
-    refused = [*refused, *unfit]
+    refused = [*refused, *whole, *unfit]
     _require_enough(members, refused)
     collection = collect(members)
     grams = compute_grams(collection_layout(collection, 1), collection, progress)

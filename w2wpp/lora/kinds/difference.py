@@ -16,5 +16,8 @@ class Difference:
         found = parts.shape("diff")
         return (*found[:2], *(found[2:] if any(n != 1 for n in found[2:]) else ()))
 
+    def product_rank(self, parts: Parts) -> None:
+        return None
+
     def delta(self, parts: Parts) -> Dense:
         return Dense(parts.matrix("diff"))

@@ -32,12 +32,18 @@ class Hadamard:
             raise parts.error(f"is a LoHa whose matrices do not fit: {[list(s) for s in sizes]}.")
         return found[0]
 
+    def product_rank(self, parts: Parts) -> int | None:
+        if "hada_t1" in parts:
+            return None
+        (size_out, r1), (_, r2) = parts.shape("hada_w1_a"), parts.shape("hada_w2_a")
+        return r1 * r2 if r1 * r2 <= min(size_out, parts.shape("hada_w1_b")[1]) // 2 else None
+
     def delta(self, parts: Parts) -> Delta:
         scale = parts.scale.of(parts.scale.rank or parts.shape("hada_w1_b")[0])
         if "hada_t1" in parts:
             return Dense(scale * _core(parts, 1) * _core(parts, 2))
         a1, b1, a2, b2 = (parts.read(f"hada_w{i}_{x}") for i in (1, 2) for x in "ab")
-        if a1.shape[1] * a2.shape[1] > min(a1.shape[0], b1.shape[1]) // 2:
+        if self.product_rank(parts) is None:
             return Dense(scale * (a1 @ b1) * (a2 @ b2))
         # (sum_i x_i y_i^T) * (sum_j u_j v_j^T) = sum_ij (x_i u_j)(y_i v_j)^T
         up = torch.einsum("mi,mj->mij", a1, a2).flatten(1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -21,16 +23,27 @@ class Kronecker:
         w1, w2 = _size(parts, 1), _size(parts, 2)
         return w1[0] * w2[0], w1[1] * w2[1], *(w2[2:] if any(n != 1 for n in w2[2:]) else ())
 
+    def product_rank(self, parts: Parts) -> int | None:
+        if "lokr_w2" in parts or "lokr_t2" in parts:
+            return None
+        (rows, columns), a, b = (
+            _size(parts, 1)[:2],
+            parts.shape("lokr_w2_a"),
+            parts.shape("lokr_w2_b"),
+        )
+        size_in = columns * math.prod(b[1:])
+        rank = columns * a[1]
+        return rank if rank <= min(rows * a[0], size_in) // 2 else None
+
     def delta(self, parts: Parts) -> Delta:
         rank = _rank(parts)
         scale = parts.scale.of(rank) if rank else 1.0
         w1 = _whole(parts, 1)
-        if "lokr_w2" not in parts and "lokr_t2" not in parts:
+        if self.product_rank(parts) is not None:
             a, b = parts.matrix("lokr_w2_a"), parts.matrix("lokr_w2_b")
-            if w1.shape[1] * a.shape[1] <= min(len(w1) * len(a), w1.shape[1] * b.shape[1]) // 2:
-                # w1 x (a b) = (w1 x a)(1 x b)
-                eye = torch.eye(w1.shape[1])
-                return scaled(torch.kron(eye, b), torch.kron(w1, a), scale)
+            # w1 x (a b) = (w1 x a)(1 x b)
+            eye = torch.eye(w1.shape[1])
+            return scaled(torch.kron(eye, b), torch.kron(w1, a), scale)
         w2 = _whole(parts, 2)
         return Dense(scale * torch.kron(w1.view(*w1.shape, *[1] * (w2.ndim - 2)), w2).flatten(1))
 

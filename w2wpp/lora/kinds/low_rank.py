@@ -34,6 +34,9 @@ class LowRank:
             )
         return up[0], down[1], *(kernel if any(n != 1 for n in kernel) else ())
 
+    def product_rank(self, parts: Parts) -> int:
+        return parts.shape("down")[0]
+
     def delta(self, parts: Parts) -> Product:
         a, b = parts.matrix("down"), parts.matrix("up")
         rank = len(a)

@@ -81,6 +81,10 @@ class Kind(Protocol):
         """(out, in, *kernel) of the weight, told by headers alone; checks that the parts fit."""
         ...
 
+    def product_rank(self, parts: Parts) -> int | None:
+        """The rank of the product that `delta` gives, told by headers; None where it gives a whole matrix."""
+        ...
+
     def delta(self, parts: Parts) -> Delta:
         """The update with its scale, kernels flattened into the inputs."""
         ...

@@ -19,6 +19,9 @@ class Refused:
     def shape(self, parts: Parts) -> tuple[int, ...]:
         return ()  # not told by headers
 
+    def product_rank(self, parts: Parts) -> None:
+        return None
+
     def delta(self, parts: Parts) -> Delta:
         raise parts.error(
             f"is {self.name}, {self.why}. Merge it into its base model and extract a LoRA of the "
