@@ -129,10 +129,15 @@ class Bench:
             )
             denoise = stack.enter_context(opened)
             objective = self.objective(denoise)
-            plain = {way: bare_unet(denoise) for way in ("bare", "w2w")}
-            hook(plain["bare"], denoise, lambda name: self.leaves[name], self.layout.scale)
+            plain = {way: bare_model(denoise) for way in ("bare", "w2w")}
+            hook(
+                plain["bare"].diffusion_model,
+                denoise,
+                lambda name: self.leaves[name],
+                self.layout.scale,
+            )
             coefficients, projected = self.projected()
-            hook(plain["w2w"], denoise, projected, self.layout.scale)
+            hook(plain["w2w"].diffusion_model, denoise, projected, self.layout.scale)
             leaves = [t for pair in self.leaves.values() for t in pair]
             ways = {
                 "ours": lambda: self.ours(objective),
@@ -169,12 +174,11 @@ class Bench:
         plan = self.plan(noisy, gradients=False)
         with torch.no_grad(), contextlib.ExitStack() as stack:
             denoise = stack.enter_context(denoiser(self.model, self.layout, self.prompt, plan))
-            plain = self.model.model.diffusion_model
-            context = self.prompt[0][0].expand(len(noisy), -1, -1)
+            plain = denoise_with(denoise._base, denoise)
 
             def bare() -> None:
-                with unhooked(plain):
-                    plain(noisy, times.float(), context=context, transformer_options={})
+                with unhooked(denoise._base.diffusion_model):
+                    plain(noisy, times)
 
             ways = {
                 "ours": lambda: denoise(noisy, times, self.space.decode(self.latents)),
@@ -193,19 +197,21 @@ class Bench:
             return memory("VmHWM") - before
 
 
-def bare_unet(denoise: Any) -> torch.nn.Module:
-    """The same weights in a UNet without any hook."""
-    unet = denoise._unet
-    shared = {id(p): p for p in unet.parameters()}
-    twin = copy.deepcopy(unet, shared)
+def bare_model(denoise: Any) -> Any:
+    """The host's model around the same weights in a network without any LoRA."""
+    network = denoise._base.diffusion_model
+    shared = {id(p): p for p in network.parameters()}
+    twin = copy.deepcopy(network, shared)
     for module in twin.modules():
         module._forward_hooks.clear()
-    return twin
+    base = copy.copy(denoise._base)
+    base._modules = {**base._modules, "diffusion_model": twin}
+    return base
 
 
-def hook(unet: torch.nn.Module, denoise: Any, lora: Callable, scale: float) -> None:
+def hook(network: torch.nn.Module, denoise: Any, lora: Callable, scale: float) -> None:
     """LoRAs as anyone would inject them."""
-    paths = {id(module): path for path, module in denoise._unet.named_modules()}
+    paths = {id(layer): path for path, layer in denoise._base.diffusion_model.named_modules()}
 
     def added(name: str) -> Callable:
         def add(module: torch.nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
@@ -214,16 +220,18 @@ def hook(unet: torch.nn.Module, denoise: Any, lora: Callable, scale: float) -> N
 
         return add
 
-    for name, module in denoise._modules.items():
-        unet.get_submodule(paths[id(module)]).register_forward_hook(added(name))
+    for name, site in denoise._sites.items():
+        network.get_submodule(paths[id(site.layer)]).register_forward_hook(added(name))
 
 
-def denoise_with(unet: torch.nn.Module, denoise: Any) -> Callable:
+def denoise_with(base: Any, denoise: Any) -> Callable:
     def call(noisy: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
-        context = denoise._context.expand(len(noisy), -1, -1)
-        return unet(
-            noisy, times.float(), context=context, transformer_options=dict(denoise._options)
-        )
+        shown = noisy.unsqueeze(2) if denoise._frames else noisy
+        sigma = denoise._sigmas[times]
+        options = {**denoise._options, "sigmas": sigma}
+        given = denoise._prompt.batch(len(noisy))
+        found = base.apply_model(shown, sigma, transformer_options=options, **given)
+        return found.squeeze(2) if denoise._frames else found
 
     return call
 

@@ -259,6 +259,41 @@ class PlantedModel(io.ComfyNode):
                 copy_made.remove()
 
 
+class WholeSDXL(io.ComfyNode):
+    """SDXL at full size with random weights: one and the same tensor of random numbers again and again."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="Probe_SDXL",
+            inputs=[io.Combo.Input("dtype", options=["float32", "float16"])],
+            outputs=[io.Model.Output(), io.Conditioning.Output(), io.Vae.Output()],
+        )
+
+    @classmethod
+    def execute(cls, dtype):
+        config = comfy.supported_models.SDXL(dict(OTHERS["SDXL"]))
+        stored = getattr(torch, dtype)
+        config.set_inference_dtype(stored, torch.float32 if stored == torch.float16 else None)
+        model = config.get_model({}, "", device="cpu")
+        generator = torch.Generator().manual_seed(0)
+        numbers = torch.randn(2**20, generator=generator).to(
+            stored
+        )  # drawing billions takes minutes
+        for name, weight in model.diffusion_model.named_parameters():
+            if weight.ndim > 1:
+                scale = weight[0].numel() ** -0.5
+                for part in weight.view(-1).split(len(numbers)):
+                    torch.mul(numbers[: len(part)], scale, out=part)
+            else:
+                weight.fill_(float(name.endswith("weight")))
+        cpu = torch.device("cpu")
+        patcher = comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu)
+        options = {"pooled_output": torch.randn(1, 1280, generator=generator)}
+        prompt = [[torch.randn(1, 77, 2048, generator=generator), options]]
+        return io.NodeOutput(patcher, prompt, RandomVAE())
+
+
 class Adapters(io.ComfyNode):
     """What IPAdapter packs leave in a model: a patch of the cross attention, and one of an object."""
 
@@ -467,8 +502,8 @@ class RandomVAE:
 class ProbeExtension(ComfyExtension):
     async def get_node_list(self):
         return [
-            RandomModel, OtherModel, ReducedModel, PlantedModel, Adapters, Weights, State, FailingSpace, SmallSD15,
-            RandomControl,
+            RandomModel, OtherModel, ReducedModel, PlantedModel, WholeSDXL, Adapters, Weights, State, FailingSpace,
+            SmallSD15, RandomControl,
         ]  # fmt: skip
 
 
