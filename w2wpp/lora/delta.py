@@ -23,6 +23,7 @@ from ..errors import DataError
 EXACT_RANK = 512  # up to this many stacked ranks, products are taken in double precision as well
 BLOCK = 256  # rows of the stacked factors that are multiplied at a time
 DIRECT = 384  # smallest side of a stack up to which its SVD is taken as a whole
+INDEPENDENT = 1e-4  # smallest pivot of a factor's root, beside the largest, at which it is used
 OVERSAMPLING, ITERATIONS = 16, 3  # of the subspace iteration beyond that
 
 
@@ -163,7 +164,7 @@ def cut(f: Factors, rank: int) -> tuple[Factors, float]:
             "is made of are out of range."
         )
     whole = smallest <= max(DIRECT, rank + OVERSAMPLING)
-    u, s, vt = _svd(f) if whole else _leading(f, rank + OVERSAMPLING)
+    u, s, vt = _svd(f, rank) if whole else _leading(f, rank + OVERSAMPLING)
     k = min(rank, len(s))
     u, s, vt = u[:, :k], s[:k], vt[:k]
     # The entry of each row of A that is largest becomes positive.
@@ -174,12 +175,32 @@ def cut(f: Factors, rank: int) -> tuple[Factors, float]:
     return Factors(new_down, new_up), float(s.double().square().sum())
 
 
-def _svd(f: Factors) -> tuple[Tensor, Tensor, Tensor]:
-    """u [out, k], s [k], vt [k, in] of dW, through QR of the thin factors."""
-    q_b, r_b = torch.linalg.qr(f.up.double() * f.scale)
-    q_a, r_a = torch.linalg.qr(f.down.double().T)
-    u, s, vt = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
-    return q_b @ u, s, vt @ q_a.T
+def _svd(f: Factors, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """u [out, k], s [k], vt [k, in] of dW, k at most the rank: an SVD between the roots of the factors' Gram matrices.
+
+    With B^T B = L L^T and A A^T = M M^T, B L^-T and M^-1 A are orthonormal and dW lies between them as L^T M. Where
+    the factors are nearly dependent, which roots square, QR decompositions take their place.
+    """
+    a, b = f.down.double(), f.up.double() * f.scale
+    root_b, root_a = _root(b.T @ b), _root(a @ a.T)
+    if root_b is None or root_a is None:
+        q_b, r_b = torch.linalg.qr(b)
+        q_a, r_a = torch.linalg.qr(a.T)
+        u, s, vt = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
+        return q_b @ u[:, :rank], s[:rank], vt[:rank] @ q_a.T
+    u, s, vt = torch.linalg.svd(root_b.T @ root_a)
+    left = torch.linalg.solve_triangular(root_b.T, u[:, :rank], upper=True)
+    right = torch.linalg.solve_triangular(root_a.T, vt[:rank].T, upper=True)
+    return b @ left, s[:rank], right.T @ a
+
+
+def _root(gram: Tensor) -> Tensor | None:
+    """The Cholesky factor of a Gram matrix, where nothing of it is lost in rounding."""
+    factor, failed = torch.linalg.cholesky_ex(gram)
+    pivots = factor.diagonal()
+    if int(failed) or not float(pivots.min()) > INDEPENDENT * float(pivots.max()):
+        return None
+    return factor
 
 
 def _leading(f: Factors, rank: int) -> tuple[Tensor, Tensor, Tensor]:
