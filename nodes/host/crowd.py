@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from ...w2wpp import Identity, Layout, Space
+from ...w2wpp.lora.hooks import hooked as lora_hooks
 from . import gallery, tensors
 from .fingerprints import fingerprint, model_fingerprint, vae_fingerprint
-from .model import check_fit, grid, usual_size
+from .model import check_fit, grid, reorder, sites_of, usual_size
 from .plan import plan_run
 
 AT_ONCE = 4  # a row of the usual grid: what is lost at most when somebody presses Cancel
@@ -105,39 +106,11 @@ def hooked(model: Any, layout: Layout, vectors: Tensor) -> Iterator[None]:
 
     The host's sampler gives the UNet whole batches, one after the other for each prompt.
     """
-    keys = check_fit(model, layout)
-    lora = layout.unpack(vectors)
-    handles = []
-    try:
-        for module in layout.modules:
-            path = keys[module.name].removesuffix(".weight")
-            linear = comfy.utils.get_attr(model.model, path)
-            handles.append(linear.register_forward_hook(_adding(*lora[module.name], layout.scale)))
+    sites, orders = sites_of(model.model.diffusion_model, check_fit(model, layout))
+    lora = layout.unpack(vectors.to(model.load_device))
+    reorder(lora, orders)
+    with lora_hooks(sites, lora.__getitem__, layout.scale, tiled=True):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _adding(down: Tensor, up: Tensor, scale: float) -> Callable:
-    """down [B, r, in], up [B, out, r]"""
-    placed: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
-
-    def add(linear: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        x = inputs[0]
-        where = (x.device, x.dtype)
-        if where not in placed:
-            placed[where] = (down.to(*where), up.to(*where))
-        a, b = placed[where]
-        if len(x) % len(a):
-            raise RuntimeError(f"a batch of {len(x)} rows does not consist of {len(a)} people")
-        rows = x.reshape(
-            -1, len(a), x[0].numel() // x.shape[-1], x.shape[-1]
-        )  # [prompts, B, n, in]
-        change = scale * (rows @ a.mT) @ b.mT
-        return output + change.reshape(output.shape).to(output.dtype)
-
-    return add
 
 
 def _paint(studio: Studio, layout: Layout, vectors: Tensor, progress: Callable[[], None]) -> Tensor:

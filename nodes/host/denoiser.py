@@ -17,12 +17,11 @@ from typing import Any
 
 import comfy.model_management
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...w2wpp import Layout
-from ...w2wpp.errors import ConfigError
 from ...w2wpp.lora.hooks import Site, hooked
-from .model import PREFIX, Target, check_fit, check_inputs, has_frames, place_of
+from .model import check_fit, check_inputs, has_frames, reorder, sites_of
 from .plan import Plan, count_parameters
 from .private import attention, in_training, private_network, recompute, with_network
 from .prompts import Prompt, check_prompt
@@ -74,9 +73,7 @@ class Denoiser:
     def __call__(self, noisy: Tensor, timestep: Tensor, vectors: Tensor) -> Tensor:
         place = {"device": self.plan.device, "dtype": self.plan.dtype}
         self._lora = self._layout.unpack(vectors.to(**place))
-        for name, function in self._functions.items():
-            down, up = self._lora[name]
-            self._lora[name] = down, torch.stack([function(rows) for rows in up])
+        reorder(self._lora, self._functions)
         sigma = self._sigmas[timestep.to(self._sigmas.device)]
         noisy = noisy.to(**place)
         predicted = self._base.apply_model(
@@ -133,7 +130,7 @@ def denoiser(model: Any, layout: Layout, conditioning: list, plan: Plan) -> Iter
             comfy.model_management.load_models_gpu([model], memory_required=plan.activations)
             network = model.model.diffusion_model
         base = with_network(model, network, _Bare(sampling))
-        sites, functions = _sites(network, targets)
+        sites, functions = sites_of(network, targets)
         latents = torch.zeros(1, *plan.latents, device=plan.device)
         prompt = Prompt(base, conditioning, latents.unsqueeze(2) if has_frames(base) else latents)
         prompt.require_no_picture(model, plan.latents[0])
@@ -146,19 +143,3 @@ def denoiser(model: Any, layout: Layout, conditioning: list, plan: Plan) -> Iter
         network = base = denoise = sites = prompt = None
         gc.collect()  # checkpointed blocks refer to themselves
         comfy.model_management.soft_empty_cache()
-
-
-def _sites(
-    network: nn.Module, targets: dict[str, Target]
-) -> tuple[dict[str, Site], dict[str, Callable[[Tensor], Tensor]]]:
-    """The layers of a layout's modules in a network, and what the host does with the rows of some of them."""
-    sites, functions = {}, {}
-    for name, target in targets.items():
-        key, rows, function = place_of(target)
-        path, _, kind = key.removeprefix(PREFIX).rpartition(".")
-        if kind != "weight":
-            raise ConfigError(f"Inversion can't reach {name}: {key} is no weight of a layer.")
-        sites[name] = Site(network.get_submodule(path), rows and (rows[1], rows[2]))
-        if function is not None:
-            functions[name] = function
-    return sites, functions

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import comfy.lora
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ...w2wpp import Layout, LinearSchedule, NoiseSchedule
 from ...w2wpp.errors import ConfigError, LayoutMismatch
 from ...w2wpp.lora.families import join_key
+from ...w2wpp.lora.hooks import Site
 
 PREFIX = "diffusion_model."
 Target = (
@@ -72,6 +73,34 @@ def place_of(target: Target) -> tuple[str, tuple[int, int, int] | None, Any]:
         return target, None, None
     key, rows, *function = target
     return key, rows, function[0] if function else None
+
+
+RowOrder = Callable[[Tensor], Tensor]  # what the host does with the rows of B
+
+
+def sites_of(
+    network: nn.Module, targets: Mapping[str, Target]
+) -> tuple[dict[str, Site], dict[str, RowOrder]]:
+    """The layers of a layout's modules in a network, and the order of rows that the host has for some of them."""
+    sites, orders = {}, {}
+    for name, target in targets.items():
+        key, rows, order = place_of(target)
+        path, _, kind = key.removeprefix(PREFIX).rpartition(".")
+        if kind != "weight":
+            raise ConfigError(
+                f"{name} can't be tried out without patching: {key} is no weight of a layer."
+            )
+        sites[name] = Site(network.get_submodule(path), rows and (rows[1], rows[2]))
+        if order is not None:
+            orders[name] = order
+    return sites, orders
+
+
+def reorder(lora: dict[str, tuple[Tensor, Tensor]], orders: Mapping[str, RowOrder]) -> None:
+    """Brings the rows of B [N, out, r] of some modules into the host's order, in place."""
+    for name, order in orders.items():
+        down, up = lora[name]
+        lora[name] = down, torch.stack([order(rows) for rows in up])
 
 
 def base_weights(model: Any, layout: Layout) -> Callable[[str], Tensor]:

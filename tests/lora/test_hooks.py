@@ -132,6 +132,22 @@ def test_modules_that_share_a_layer_act_on_their_rows(kind: str) -> None:
         pass
 
 
+@pytest.mark.parametrize("kind", LAYERS)
+def test_rows_that_take_turns(kind: str) -> None:
+    layer, shape = LAYERS[kind]
+    layer = copy.deepcopy(layer).double().requires_grad_(False)
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=g, dtype=torch.float64)
+    down = torch.randn(2, 3, layer.weight[0].numel(), generator=g, dtype=torch.float64)
+    up = torch.randn(2, 5, 3, generator=g, dtype=torch.float64)
+    turns = [0, 2, 1, 3]  # rows by LoRA
+    expected = merged_output(layer, x[turns], up @ down)
+    with hooked({"a": layer}, lambda _: (down, up), 1.0, tiled=True):
+        torch.testing.assert_close(layer(x)[turns], expected)
+        with pytest.raises(ConfigError, match="3 rows does not consist of 2 people"):
+            layer(x[:3])
+
+
 @pytest.mark.parametrize("layer", [nn.Conv2d(4, 4, 3, groups=2), nn.LayerNorm(4)])
 def test_other_layers_are_refused_by_name(layer: nn.Module) -> None:
     with (

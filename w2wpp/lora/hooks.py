@@ -49,9 +49,12 @@ def loras_applied(unet: nn.Module, layout: Layout | None, vectors: Tensor | None
 
 
 @contextmanager
-def hooked(sites: Mapping[str, Site | nn.Module], factors: Factors, scale: float) -> Iterator[None]:
+def hooked(
+    sites: Mapping[str, Site | nn.Module], factors: Factors, scale: float, *, tiled: bool = False
+) -> Iterator[None]:
     """Within the block, layers add the LoRAs that ``factors`` has for their names when they are called.
 
+    ``tiled``: row i of a batch has LoRA i % N, as where a host puts the rows of one prompt after those of another.
     Raises ConfigError for a layer that is neither linear nor a plain convolution.
     """
     layers: dict[nn.Module, list[tuple[str, tuple[int, int] | None]]] = {}
@@ -65,9 +68,9 @@ def hooked(sites: Mapping[str, Site | nn.Module], factors: Factors, scale: float
             parts.sort(key=lambda part: part[1] or (0, 0))
             _require_apart(parts)
             if len(parts) == 1 and parts[0][1] is None and isinstance(layer, nn.Linear):
-                hook = _hook(parts[0][0], factors, scale)
+                hook = _hook(parts[0][0], factors, scale, tiled)
             else:
-                hook = _hook_of_parts(parts, factors, scale)
+                hook = _hook_of_parts(parts, factors, scale, tiled)
             handles.append(layer.register_forward_hook(hook))
         yield
     finally:
@@ -94,15 +97,26 @@ def _require_apart(parts: list[tuple[str, tuple[int, int] | None]]) -> None:
             raise ConfigError(f"{name} and {other} are the same weights of the model.")
 
 
-def _hook(name: str, factors: Factors, scale: float) -> Callable[..., Tensor]:
+def _of_rows(x: Tensor, pair: tuple[Tensor, Tensor], tiled: bool) -> tuple[Tensor, Tensor]:
+    """A and B such that the rows of x are ordered by them."""
+    if not tiled:
+        return pair
+    times, rest = divmod(len(x), len(pair[0]))
+    if rest:
+        raise ConfigError(f"A batch of {len(x)} rows does not consist of {len(pair[0])} people.")
+    return pair[0].repeat(times, 1, 1), pair[1].repeat(times, 1, 1)
+
+
+def _hook(name: str, factors: Factors, scale: float, tiled: bool) -> Callable[..., Tensor]:
     def add(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-        return with_loras(inputs[0], output, *factors(name), scale)
+        x = inputs[0]
+        return with_loras(x, output, *_of_rows(x, factors(name), tiled), scale)
 
     return add
 
 
 def _hook_of_parts(
-    parts: list[tuple[str, tuple[int, int] | None]], factors: Factors, scale: float
+    parts: list[tuple[str, tuple[int, int] | None]], factors: Factors, scale: float, tiled: bool
 ) -> Callable[..., Tensor]:
     """Of a convolution, or of a layer whose rows are several modules': what they add stands side by side."""
 
@@ -112,7 +126,8 @@ def _hook_of_parts(
         for name, rows in parts:
             start, count = rows or (0, output.shape[channels])
             pieces.append(_zeros(output, start - at, channels))
-            pieces.append(_update(layer, inputs[0], *factors(name)))
+            pair = _of_rows(inputs[0], factors(name), tiled)
+            pieces.append(_update(layer, inputs[0], *pair))
             at = start + count
         pieces.append(_zeros(output, output.shape[channels] - at, channels))
         return torch.add(output, torch.cat(pieces, channels), alpha=scale)
