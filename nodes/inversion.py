@@ -18,10 +18,11 @@ from .curve import draw_curve
 from .host import folders, framing, tensors
 from .host.denoiser import Denoiser, denoiser
 from .host.framing import crop_image, frame_pictures, framed_image, framed_preview
-from .host.model import noise_schedule, usual_size
+from .host.model import check_fit, noise_schedule, usual_size
 from .host.pictures import picture_latents
 from .host.plan import Plan, plan_run
 from .host.progress import Watch
+from .host.prompts import check_prompt
 from .types import IdentitySocket, People, SpaceSocket, advanced, schema, seed_of_people
 
 PREVIEWS, FEW = (
@@ -234,6 +235,8 @@ class InvertFromImage(io.ComfyNode):
         framing: str = "auto",
         strict: bool = False,
     ) -> io.NodeOutput:
+        check_fit(model, space.layout)
+        check_prompt(positive)
         with tensors.ordinary_tensors():
             pixels = resolution or usual_size(model)
             framed = frame_pictures(space, image, mask, pixels, how=framing)

@@ -158,7 +158,7 @@ def graph_is_running(host: Host, number: str) -> bool:
 
 def regional(graph: FamilyGraph, base: str) -> dict:
     area = graph.add(
-        "ConditioningSetArea", conditioning=[base, 1], width=32, height=32, x=0, y=0, strength=1.0
+        "ConditioningSetArea", conditioning=[base, 1], width=64, height=64, x=0, y=0, strength=1.0
     )
     return {"positive": [area, 0]}
 
