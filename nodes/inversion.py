@@ -335,7 +335,7 @@ class _Painter:
     """Paints people under the prompt of an inversion, always from the same noise."""
 
     def __init__(
-        self, session: inversion.Session, denoise: Denoiser, schedule: inversion.NoiseSchedule
+        self, session: inversion.Session, denoise: Denoiser, schedule: inversion.Schedule
     ) -> None:
         self._space, self._denoise, self._schedule = session.space, denoise, schedule
         shape = (1, *session.pictures.shape[1:])

@@ -311,7 +311,7 @@ class _Watcher:
         self,
         watch: Watch,
         denoise: Denoiser,
-        schedule: w2wpp.NoiseSchedule,
+        schedule: w2wpp.inversion.Schedule,
         shape: tuple[int, ...],
         seed: int,
     ) -> None:

@@ -81,7 +81,7 @@ class Session:
     def gain(
         self,
         denoise: Denoise,
-        schedule: NoiseSchedule,
+        schedule: Schedule,
         found: Identity,
         *,
         draws: int = 8,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..diffusion.denoise import Denoise
-from ..diffusion.schedule import NoiseSchedule
+from ..diffusion.schedule import Schedule
 from ..errors import ConfigError, DataError, ShapeError, check_finite
 from .people import PeopleLoss
 
@@ -74,7 +74,7 @@ class Album:
 
 
 def people_loss(
-    album: Album, denoise: Denoise, schedule: NoiseSchedule, *, rows: int | None = None
+    album: Album, denoise: Denoise, schedule: Schedule, *, rows: int | None = None
 ) -> PeopleLoss:
     """The loss of an album's people, for ``train_people``: the squared error of the prediction.
 

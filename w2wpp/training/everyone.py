@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..diffusion.denoise import Denoise
-from ..diffusion.schedule import NoiseSchedule
+from ..diffusion.schedule import Schedule
 from ..errors import ConfigError, DataError, W2WError
 from ..files.names import portable_name
 from ..lora.layout import Layout
@@ -65,7 +65,7 @@ class Everyone:
 
     layout: Layout
     denoise: Denoise
-    schedule: NoiseSchedule
+    schedule: Schedule
     config: PeopleTraining
     folder: Path
     model: str  # tells the model and the prompt from others

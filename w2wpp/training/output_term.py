@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..diffusion.denoise import Denoise
-from ..diffusion.schedule import NoiseSchedule
+from ..diffusion.schedule import Schedule
 from ..errors import ConfigError
 from ..space import SpaceBasis
 
@@ -29,7 +29,7 @@ class OutputTerm:
     """
 
     denoise: Denoise
-    schedule: NoiseSchedule
+    schedule: Schedule
     pictures: Tensor
     basis: SpaceBasis
     vectors: Tensor
