@@ -103,7 +103,8 @@ class FitSpace(io.ComfyNode):
                     default=400,
                     min=1,
                     max=100000,
-                    tooltip="How often a VAE sees everybody, at most; it stops where others would not gain.",
+                    tooltip="How often a VAE sees everybody, at most; it stops once people kept aside gain "
+                    "nothing more.",
                 ),
                 io.Float.Input(
                     "held_out",
@@ -147,7 +148,7 @@ class FitSpace(io.ComfyNode):
                     min=0,
                     max=0xFFFFFFFF,
                     control_after_generate=False,
-                    tooltip="Of the first weights, of the order, and of who is held out.",
+                    tooltip="Seed of the first weights, of the order, and of who is held out.",
                     **advanced(),
                 ),
                 io.String.Input(

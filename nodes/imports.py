@@ -68,7 +68,7 @@ class ImportFiles(io.ComfyNode):
                     min=0,
                     max=10000,
                     tooltip="How many of the components in V.pt to take, 0.2 MB each. 0 takes those whose spread among "
-                    "real people is known, 1,000 of the published files.",
+                    "real people is known, the first 1,000 in the published files.",
                     **advanced(),
                 ),
                 io.String.Input(

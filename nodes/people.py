@@ -52,14 +52,14 @@ class TrainPeople(io.ComfyNode):
                 io.Vae.Input("vae", tooltip="The VAE that belongs to the model."),
                 io.Conditioning.Input(
                     "positive",
-                    tooltip="The words that shall call every person up, such as 'sks person'.",
+                    tooltip="The words that call every person up, such as 'sks person'.",
                 ),
                 io.Combo.Input(
                     "folder",
                     options=[NO_FOLDER, *places.people_folders()],
                     default=NO_FOLDER,
-                    tooltip="A folder in input/ that holds a folder of pictures for every person, called as the person "
-                    "is. Press R to see new ones.",
+                    tooltip="A folder in input/ that holds a folder of pictures for every person, named after them. "
+                    "Press R to see new ones.",
                 ),
                 io.String.Input(
                     "path",
@@ -124,7 +124,8 @@ class TrainPeople(io.ComfyNode):
                     max=10.0,
                     step=0.001,
                     round=0.00001,
-                    tooltip="How far a number of the LoRA with an average gradient moves in a step; falls to zero.",
+                    tooltip="How far a weight with an average gradient moves in a step; falls to zero over the "
+                    "training.",
                     **advanced(),
                 ),
                 io.Int.Input(
@@ -133,8 +134,8 @@ class TrainPeople(io.ComfyNode):
                     min=0,
                     max=0xFFFFFFFF,
                     control_after_generate=False,
-                    tooltip="Of the noise, which everybody meets in the same order, and of the weights that all start "
-                    "from.",
+                    tooltip="Seed of the noise, which everybody meets in the same order, and of the weights that all "
+                    "start from.",
                     **advanced(),
                 ),
                 io.Int.Input(
@@ -164,7 +165,7 @@ class TrainPeople(io.ComfyNode):
                 LoraSocket.Output(
                     display_name="loras",
                     is_output_list=True,
-                    tooltip="The LoRAs one by one, for the host's own Load LoRA Model.",
+                    tooltip="The LoRAs one by one, for ComfyUI's own Load LoRA Model.",
                 ),
                 io.Image.Output(
                     display_name="curve", tooltip="The loss at every step, mean over the people."
