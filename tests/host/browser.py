@@ -68,15 +68,22 @@ def open_front_end(page: Page, host: Host, *, vue: bool = False) -> None:
     page.wait_for_function("() => window.app?.extensionManager?.setting && window.app.graph")
 
 
-def open_template(page: Page, host: Host, name: str, *, vue: bool = False) -> None:
-    """Open an example workflow as the gallery does: its file from the pack's templates, loaded as a new graph."""
+def open_template(
+    page: Page, host: Host, name: str, *, vue: bool = False, as_graph: bool = False
+) -> None:
+    """Open an example workflow as the gallery does: its file from the pack's templates, loaded as a new graph.
+
+    With `as_graph` an App shows its graph, too.
+    """
     open_front_end(page, host, vue=vue)
     page.evaluate(
-        """async ([pack, name]) => {
+        """async ([pack, name, asGraph]) => {
             const address = `/api/workflow_templates/${pack}/${encodeURIComponent(name)}.json`;
-            await app.loadGraphData(await (await fetch(address)).json(), true, true, name);
+            const workflow = await (await fetch(address)).json();
+            if (asGraph) delete workflow.extra.linearMode;
+            await app.loadGraphData(workflow, true, true, name);
         }""",
-        [PACK_FOLDER, name],
+        [PACK_FOLDER, name, as_graph],
     )
     page.wait_for_timeout(1000)
     page.evaluate("app.extensionManager.command.execute('Comfy.Canvas.FitView')")

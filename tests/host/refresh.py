@@ -57,7 +57,7 @@ def main() -> None:
             ENGLISH.write_text(json.dumps(texts, indent=2) + "\n", encoding="utf-8")
             for name in workflow_names():
                 thumbnail = REPO / "example_workflows" / f"{name}.jpg"
-                open_template(page, host, name)
+                open_template(page, host, name, as_graph=True)
                 if name in runnable_names():
                     entry = press_run(page, host)
                 if found := trouble(page):
