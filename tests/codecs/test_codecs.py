@@ -111,6 +111,11 @@ def test_tokens_start_at_pca_of_raw_numbers():
     posterior = codec.encode(c)
     assert torch.allclose(codec.decode(posterior.mean), c, atol=1e-3)
     assert torch.allclose(posterior.mean.square().mean(0), torch.ones(5), atol=1e-3)
+    flat = 3 + torch.randn(40, 2, generator=g) @ torch.randn(2, K, generator=g)
+    codec.learn_from(flat)  # of fewer directions than latents
+    posterior = codec.encode(flat)
+    assert torch.allclose(codec.decode(posterior.mean), flat, atol=1e-3)
+    assert posterior.mean[:, 2:].abs().max() == 0
 
 
 def test_tokens_attend_to_each_other():

@@ -12,7 +12,8 @@ from ..errors import ConfigError
 from .base import LOGVAR_MAX, LOGVAR_MIN, Codec, Posterior
 
 HEADS = 4
-LEAST_SHARE = 1e-3  # of the largest deviation: smaller ones are not divided by
+SEEN = 4096  # rows that the start is taken from, at most
+RANK = 1e-8  # share of the largest variance below which a direction is rounding
 
 
 class Tokens(Codec):
@@ -81,15 +82,17 @@ class Tokens(Codec):
         """Begin as PCA of rows c [n, K]; directions beyond their rank stay unused."""
         centre = c.mean(0)
         unit = (c - centre).square().mean().sqrt().clamp_min(1e-12)
-        x = (c - centre) / unit
-        _, s, v = torch.svd_lowrank(x, q=min(self.latent_size + 8, *x.shape), niter=4)
-        rank = min(self.latent_size, len(s))
-        s, v = s[:rank] / len(c) ** 0.5, v[:, :rank]
+        x = ((c - centre) / unit)[:SEEN].double()
+        # By the Gram matrix of the rows: LoRAs have more numbers than there are rows.
+        values, left = torch.linalg.eigh(x @ x.T)
+        keep = values.flip(0)[: self.latent_size] > RANK * values[-1]
+        s, u = values.flip(0)[: len(keep)][keep].sqrt(), left.flip(1)[:, : len(keep)][:, keep]
+        v, s, rank = (x.T @ (u / s)).float(), (s / len(x) ** 0.5).float(), int(keep.sum())
         self.centre.copy_(centre)
         self.unit.copy_(unit)
         self.encoder_linear.weight.zero_()
         self.decoder_linear.weight.zero_()
-        self.encoder_linear.weight[:rank] = v.T / s.clamp_min(LEAST_SHARE * s[0])[:, None]
+        self.encoder_linear.weight[:rank] = v.T / s[:, None]
         self.decoder_linear.weight[:, :rank] = v * s
 
     def _encode(self, c: Tensor) -> Posterior:
