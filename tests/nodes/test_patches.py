@@ -50,6 +50,13 @@ def host(monkeypatch):
 
     parts = {
         "comfy": {},
+        "comfy.ldm": {},
+        "comfy.ldm.modules": {},
+        "comfy.ldm.modules.attention": {"SpatialTransformer": torch.nn.Identity},
+        "comfy.ldm.modules.diffusionmodules": {},
+        "comfy.ldm.modules.diffusionmodules.openaimodel": dict.fromkeys(
+            ("ResBlock", "UNetModel"), torch.nn.Identity
+        ),
         "comfy.lora": {"model_lora_keys_unet": model_lora_keys_unet, "load_lora": load_lora},
         "comfy.model_sampling": {},
         "comfy.patcher_extension": {},
