@@ -18,6 +18,8 @@ from .build.dreambooth import DreamBooth
 from .build.loras import LoraSet, build_loras
 from .build.train_base import BaseTraining, launch_base
 from .build.train_embedder import EmbedderTraining, measure_embedder, train_embedder
+from .edition2.reader import save_reader
+from .edition2.train_reader import TRAININGS, measure_reader, train_reader
 from .edition2.train_vae import VaeTraining, measure_vae, train_vae
 from .edition2.vae import save_vae
 from .measure import directions
@@ -25,7 +27,7 @@ from .measure.gate import gate_table, judge_world
 from .measure.model import model_of
 from .places import World
 from .records import provenance, save_result
-from .stages import BASE, DATASET, EMBEDDER, SHIPPED, VAE
+from .stages import BASE, DATASET, EMBEDDER, JUDGE, READER, SHIPPED, VAE
 from .world.base import save_base
 from .world.embedder import save_embedder
 from .world.studio import Studio, open_studio
@@ -63,6 +65,20 @@ def make_embedder(world: World, log: Log, *, output: Path | None = None) -> Made
     about = provenance("embedder", asdict(config), started)
     save_embedder(trained, output, {**about, "figures": figures})
     return {"written": str(output), **figures}
+
+
+def make_readers(world: World, log: Log, *, output: Path | None = None) -> Made:
+    """Train both readers and measure them on strangers: the one that ID scores and starts rest on, and its judge."""
+    made: Made = {}
+    for make, name in (("conv", READER), ("mixer", JUDGE)):
+        started, config = time.monotonic(), TRAININGS[make]
+        path = world.at(name) if output is None else output / Path(name).name
+        trained = train_reader(config, checkpoint=world.work / f"{make}.ckpt", callback=log)
+        figures = measure_reader(trained)
+        about = provenance("readers", asdict(config), started)
+        save_reader(trained, path, {**about, "figures": figures})
+        made[make] = {"written": str(path), **figures}
+    return made
 
 
 def make_loras(

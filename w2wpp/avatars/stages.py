@@ -13,6 +13,8 @@ from .places import World
 
 BASE = "models/avatar-base.safetensors"
 VAE = "models/avatar-vae.safetensors"
+READER = "models/avatar-reader.safetensors"
+JUDGE = "models/avatar-judge.safetensors"
 EMBEDDER = "models/avatar-embedder.safetensors"
 DATASET = "work/loras-common/dataset.safetensors"
 SHIPPED = ("models/avatars.safetensors", "models/avatars-pca.safetensors")
@@ -32,6 +34,11 @@ class Stage:
 
 STAGES = (
     Stage("vae", "train the autoencoder of the second edition's pictures", outputs=(VAE,)),
+    Stage(
+        "readers",
+        "train the two readers that give ID scores in the second edition",
+        outputs=(READER, JUDGE),
+    ),
     Stage("base", "train the base model", outputs=(BASE,)),
     Stage("embedder", "train the embedder that gives ID scores", outputs=(EMBEDDER,)),
     Stage("loras", "fine-tune a LoRA for every person", inputs=(BASE,), outputs=(DATASET,)),

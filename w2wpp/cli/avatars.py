@@ -42,6 +42,7 @@ def register(verbs: Any) -> None:
     outputs = {
         "vae": "default: the autoencoder in models/",
         "base": "default: the base in models/",
+        "readers": "folder (default: models/)",
         "embedder": "default: the embedder in models/",
         "gate": "JSON (default: benchmarks/results/world.json)",
         "spaces": "folder (default: spaces/ in the work folder)",

@@ -17,6 +17,7 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 
+from ...diffusion.schedule import NoiseSchedule
 from ...errors import ConfigError
 from ...files.container import Container, open_container, write_container
 from .renderer import IMAGE_SIZE
@@ -33,7 +34,8 @@ VOCABULARY = (("", "person"), *(("", *words) for words in WORDS.values()))
 class AvatarConfig:
     """Architecture of the avatar base. Stored as JSON in its file."""
 
-    channels: tuple[int, ...] = (64, 128)  # multiples of 32: the UNet normalises in 32 groups
+    family: str = "avatar-128"  # what LoRAs and spaces say that they are for
+    channels: tuple[int, ...] = (128, 128)  # multiples of 32: the UNet normalises in 32 groups
     layers: int = 1  # residual blocks per level
     context_dim: int = 64  # size of a token
     heads: int = 4  # attention heads
@@ -83,6 +85,11 @@ class AvatarBase(nn.Module):
         )  # fmt: skip
         self.register_buffer("alphas_cumprod", (1 - root**2).cumprod(0).float(), persistent=False)
 
+    @property
+    def schedule(self) -> NoiseSchedule:
+        """The noise schedule that it was trained with."""
+        return NoiseSchedule(self.alphas_cumprod, self.config.prediction)
+
     def prompt(self, words: Tensor, *, person: bool = True) -> Tensor:
         """Tokens of a prompt: word indices [B, 4] in the order of ``WORDS``, -1 for none -> [B, 5, context]."""
         first = torch.full((len(words), 1), 0 if person else -1)
@@ -105,12 +112,6 @@ class AvatarBase(nn.Module):
     def forward(self, noisy: Tensor, timestep: Tensor, prompt: Tensor) -> Tensor:
         """Predict v from noisy latents [B, 4, h, w], timesteps [B] and prompts [B, 5, context]."""
         return self.unet(noisy, timestep, encoder_hidden_states=prompt).sample
-
-    def add_noise(self, latents: Tensor, noise: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
-        """Noisy latents and the v they should give back (Salimans & Ho 2022, appendix D)."""
-        alpha = self.alphas_cumprod[timestep].sqrt()[:, None, None, None]
-        sigma = (1 - self.alphas_cumprod[timestep]).sqrt()[:, None, None, None]
-        return alpha * latents + sigma * noise, alpha * noise - sigma * latents
 
 
 def word_indices(**words: str) -> Tensor:

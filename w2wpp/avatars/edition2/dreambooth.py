@@ -54,7 +54,7 @@ def people_loss(
 
     def loss(weights: Tensor, step: int) -> Tensor:
         latents, words, noise, timestep = album.batch(step)
-        noisy, target = base.add_noise(latents, noise, timestep)
+        noisy, target = base.schedule.add_noise(latents, noise, timestep)
         with torch.autocast("cpu", torch.bfloat16), loras_applied(base.unet, layout, weights):
             output = base(noisy, timestep, base.prompt(words))
         return F.mse_loss(output.float(), target) * len(weights)

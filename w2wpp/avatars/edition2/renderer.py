@@ -7,13 +7,14 @@ picture. A unit is half the frame of a close portrait; y points down.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .drawing import Canvas, arc, box, colour, ellipse, intersection, union
-from .scene import TRAITS, Scene
+from .scene import BACKGROUNDS, TRAITS, Scene
 
 IMAGE_SIZE = 128
 FINER = 2  # supersampling per side
@@ -43,6 +44,20 @@ def render_empty(scene: Scene, *, size: int = IMAGE_SIZE, chunk: int = 8) -> Ten
         for start in range(0, len(scene), chunk)
     ]
     return torch.cat(parts)
+
+
+def matte(identity: Tensor, scene: Scene, *, size: int = IMAGE_SIZE) -> Tensor:
+    """How much of each pixel [B, 1, size, size] is the person: what stays as it is when the background changes."""
+    walls = [
+        replace(scene, background=torch.full_like(scene.background, BACKGROUNDS.index(name)))
+        for name in ("white", "blue")
+    ]
+    one, other = (render(identity, wall, size=size) for wall in walls)
+    bare, bare_other = (render_empty(wall, size=size) for wall in walls)
+    changed, full = (
+        (a - b).abs().sum(1, keepdim=True) for a, b in ((one, other), (bare, bare_other))
+    )
+    return (1 - changed / full).clamp(0, 1)
 
 
 class _Portrait:

@@ -62,6 +62,11 @@ class Scene:
         return _CENTRE[self.framing] + _SPREAD[self.framing] * self.pose
 
 
+def poses(placement: Tensor, framing: Tensor) -> Tensor:
+    """The poses [B, 4] that put faces at placements [B, 4] in pictures of framings [B]: undoes ``Scene.placement``."""
+    return (placement - _CENTRE[framing]) / _SPREAD[framing]
+
+
 def sample_identities(count: int, *, generator: torch.Generator) -> Tensor:
     """Draw identities [count, 20]: independent standard normals, clamped to +-2."""
     draws = torch.randn(count, len(TRAITS), generator=generator)

@@ -40,8 +40,8 @@ class Round:
 
 # The first round learns what a face is, the others its details.
 ROUNDS = (
-    Round(steps=3_000, batch=64, learning_rate=1e-3, time_power=1.0),
-    Round(steps=6_000, batch=48, learning_rate=8e-4, time_power=1.5),
+    Round(steps=6_000, batch=64, learning_rate=2.5e-3, time_power=1.0),
+    Round(steps=8_000, batch=64, learning_rate=1.5e-3, time_power=1.2),
 )
 
 
@@ -200,7 +200,7 @@ def _loss(
     noise = torch.randn(batch.shape, generator=generator)
     uniform = torch.rand(len(batch), generator=generator)
     timestep = (uniform**current.time_power * 1000).long()
-    noisy, target = model.add_noise(batch, noise, timestep)
+    noisy, target = model.schedule.add_noise(batch, noise, timestep)
     share = _share(len(batch))
     with torch.autocast("cpu", torch.bfloat16):
         output = model(noisy[share], timestep[share], prompt[share])

@@ -29,9 +29,9 @@ class ReaderTraining:
 
     make: str = "conv"
     seed: int = 1
-    pictures: int = 20_000
+    pictures: int = 16_000
     empty: int = 2_000  # places without a person
-    steps: int = 3_000
+    steps: int = 2_500
     batch: int = 64
     learning_rate: float = 2e-3  # peak; linear warm-up, cosine to zero
     moved: float = 0.6  # share of pictures whose frame is moved, turned and scaled
