@@ -142,6 +142,7 @@ def test_saved_people_are_chosen_by_their_pictures(host: Host, page: Any, mode: 
     )
     button = page.locator(f".w2wpp-saved button[title='{painted}']")
     button.wait_for()
+    button.scroll_into_view_if_needed()  # pictures out of sight are not fetched
     page.wait_for_function(
         "file => document.querySelector(`.w2wpp-saved button[title='${file}'] img`)?.naturalWidth > 0",
         arg=painted,
