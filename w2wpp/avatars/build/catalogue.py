@@ -12,6 +12,7 @@ FILES = {
     "avatar-base.safetensors": "the diffusion model of 32x32 avatars",
     "avatar-vae.safetensors": "the autoencoder of the second edition, 128x128; the rest is in the making",
     "avatar-reader.safetensors": "of the second edition: finds a face, reads identity and words",
+    "avatar-judge.safetensors": "of the second edition: a reader of another make, which only ever scores",
     "avatar-embedder.safetensors": "reads identity and words from a picture",
     "avatars.safetensors": "the default space (w2w++)",
     "avatars-pca.safetensors": "the linear space of the same size (w2w)",
