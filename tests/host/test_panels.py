@@ -147,7 +147,9 @@ def test_saved_people_are_chosen_by_their_pictures(host: Host, page: Any, mode: 
         "file => document.querySelector(`.w2wpp-saved button[title='${file}'] img`)?.naturalWidth > 0",
         arg=painted,
     )
-    assert page.locator(f".w2wpp-saved button[title='{bare}'] .w2wpp-empty").count() == 1
+    unseen = page.locator(f".w2wpp-saved button[title='{bare}']")
+    unseen.scroll_into_view_if_needed()
+    unseen.locator(".w2wpp-empty").wait_for()
     button.click()
     assert value(page, "W2WPP_LoadIdentity", "file") == painted
     assert button.get_attribute("aria-checked") == "true"
