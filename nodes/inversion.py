@@ -23,6 +23,7 @@ from .host.pictures import picture_latents
 from .host.plan import Plan, plan_run
 from .host.progress import Watch
 from .host.prompts import check_prompt
+from .host.vision import with_sight
 from .types import IdentitySocket, People, SpaceSocket, advanced, schema, seed_of_people
 
 PREVIEWS, FEW = (
@@ -99,6 +100,12 @@ class InvertFromImage(io.ComfyNode):
                     optional=True,
                     tooltip="Where to start from, such as an inversion that was cancelled, or someone similar. Without "
                     "it the space's own guess from the picture is taken, or else its average person.",
+                ),
+                io.ClipVision.Input(
+                    "clip_vision",
+                    optional=True,
+                    tooltip="The vision model that the space's start network was taught with, if it was taught with "
+                    "one.",
                 ),
                 io.Int.Input(
                     "batch",
@@ -232,12 +239,14 @@ class InvertFromImage(io.ComfyNode):
         preview_every: int,
         mask=None,
         start=None,
+        clip_vision=None,
         framing: str = "auto",
         strict: bool = False,
     ) -> io.NodeOutput:
         check_fit(model, space.layout)
         check_prompt(positive)
         with tensors.ordinary_tensors():
+            given, (space, remarks) = space, with_sight(space, clip_vision)
             pixels = resolution or usual_size(model)
             framed = frame_pictures(space, image, mask, pixels, how=framing)
             pictures, weights = picture_latents(model, vae, *framed_image(framed), pixels)
@@ -261,13 +270,13 @@ class InvertFromImage(io.ComfyNode):
             verdict = judge(space.start, framed, gain=gain)
         title = f"{inversion.OLDER_NAMES.get(method, method)}, {len(solution.history)} steps"
         curve = draw_curve(solution.history, title, comparable=not session.recipe.fresh)
-        report = "\n".join([f"{verdict}", *framed.remarks, report])
+        report = "\n".join([f"{verdict}", *remarks, *framed.remarks, report])
         if strict:
             _require(verdict, solution.identity)
         watch.tell(f"{verdict}")
         sure = UNKNOWN if verdict.confidence is None else verdict.confidence
         return io.NodeOutput(
-            People(solution.identity, space), curve, report, crop_image(framed), sure
+            People(solution.identity, given), curve, report, crop_image(framed), sure
         )
 
 

@@ -9,6 +9,7 @@ from PIL import Image
 
 from .. import w2wpp
 from ..w2wpp.errors import ConfigError
+from ..w2wpp.sight import known_by
 from ..w2wpp.training.compute import Compute
 from ..w2wpp.training.fit_locator import LocatorTraining
 from ..w2wpp.training.fit_paintings import PaintingsTraining, fewest_people, fit_paintings
@@ -16,9 +17,11 @@ from ..w2wpp.training.start_table import painted_people
 from .host import folders, tensors
 from .host.paintings import Painter, draw_people, paint_people
 from .host.progress import Watch
+from .host.vision import HostVision
 from .types import SpaceSocket, advanced, schema, seed_of_people
 
 OTHER_SCENES = ("scene_2", "scene_3", "scene_4")
+LEAST_SEEN = 128  # pixels per side of paintings that a vision model looks at
 
 
 class TrainStartNetwork(io.ComfyNode):
@@ -76,6 +79,13 @@ class TrainStartNetwork(io.ComfyNode):
                     tooltip="What the paintings should not be like. With it they are painted with guidance, which "
                     "takes twice as long.",
                 ),
+                io.ClipVision.Input(
+                    "clip_vision",
+                    optional=True,
+                    tooltip="A pretrained vision model, from Load CLIP Vision: people are then read by what it sees in "
+                    "their heads, instead of by a network that learns to see. W2W++ Invert from Image then wants the "
+                    "same model.",
+                ),
                 io.Int.Input(
                     "paint_steps",
                     default=12,
@@ -123,7 +133,7 @@ class TrainStartNetwork(io.ComfyNode):
                     step=8,
                     optional=True,
                     tooltip="Side of the pictures in pixels that the network sees. Larger sees more and learns "
-                    "slower.",
+                    "slower. With clip_vision at least 128.",
                     **advanced(),
                 ),
             ],
@@ -154,6 +164,7 @@ class TrainStartNetwork(io.ComfyNode):
         scene_3=None,
         scene_4=None,
         negative=None,
+        clip_vision=None,
         paint_steps: int = 12,
         cfg: float = 2.0,
         paint_size: int = 0,
@@ -164,19 +175,24 @@ class TrainStartNetwork(io.ComfyNode):
         if save_as.strip():
             target = folders.new_space_file(save_as, over=space.fingerprint)
         scenes = [scene for scene in (scene_1, scene_2, scene_3, scene_4) if scene is not None]
+        vision = None if clip_vision is None else HostVision(clip_vision)
         training = _training(seed, steps, look_size)
         least = fewest_people(space.latent_size, training)
         if people < least:
             raise ConfigError(
                 f"This space has {space.latent_size} latents: it learns from {least} people at least. Got {people}."
             )
+        if vision is not None:  # what is wrong with it shows before anything is painted
+            with tensors.ordinary_tensors():
+                known_by(vision)
         painter = Painter(model, vae, scenes, negative, paint_size, paint_steps, cfg, seed)
         watch = Watch(model, cls.hidden.unique_id)
         table = paint_people(painter, space, draw_people(space, people, seed), _painting(watch))
         with tensors.trainable():
-            learned = painted_people(table, space, look_size)
+            pixels = look_size if vision is None else max(look_size, LEAST_SEEN)
+            learned = painted_people(table, space, pixels)
             start, frame, report = fit_paintings(
-                learned, training, compute=Compute(), callback=_learning(watch, training)
+                learned, training, vision=vision, compute=Compute(), callback=_learning(watch)
             )
             taught = space.with_(start=start, frame=frame)
             text = _report(report, table.parent)
@@ -202,7 +218,7 @@ def _painting(watch: Watch):
     return told
 
 
-def _learning(watch: Watch, training: PaintingsTraining):
+def _learning(watch: Watch):
     def told(done: int, of: int, line: str) -> None:
         if done % 10 == 0 or done == of:
             watch.show(done, of, f"{line} of {of}")
@@ -212,7 +228,8 @@ def _learning(watch: Watch, training: PaintingsTraining):
 
 def _report(report: dict, folder: Path) -> str:
     lines = [
-        f"Learned from {report['paintings']} paintings, in output/w2wpp/{folder.name}",
+        f"Learned from {report['paintings']} paintings, in output/w2wpp/{folder.name}"
+        + (f", seen by {report['vision']}" if report["vision"] else ""),
         f"{report['coordinates']} coordinates of the latents show in them; the strongest are told by "
         f"{report['told_by_pictures'][0]:.0%}, the weakest by {report['told_by_pictures'][-1]:.0%}",
         f"People kept apart ({report['kept_apart']}): cosine {report['cosine_of_one']:.3f} from one painting, "

@@ -16,7 +16,7 @@ FLOORS = (
     ("arrays", "bundle"),
     ("files", "metrics", "noise", "rates"),
     ("lora.layout", "diffusion", "plots", "populations", "placement"),
-    ("weight_metric",),
+    ("weight_metric", "sight"),
     ("basis",),
     ("codecs", "flow", "lora", "start_network"),
     ("identity", "delta_basis", "evidence"),

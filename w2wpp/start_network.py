@@ -3,10 +3,12 @@
 It costs one pass of its own and none of the UNet. An answer that is only a regression is shorter than real latents;
 calibration on paintings (`training.fit_start.LabelMap`) makes up for that, or by hand `scale`. One that was taught on
 moved pictures also says where the person is, and one that was measured tells pictures unlike those it was taught on.
+One with a sight sees with a pretrained vision model, which has to be brought along.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 
 from .errors import ConfigError, ShapeError
 from .placement import Sighting
+from .sight import PATTERNS, Eye, Sight, Vision
 
 _SIZES = ("size", "width", "features")
 PLACE = 4  # numbers of a placement
@@ -75,6 +78,8 @@ class StartNetwork(PictureNetwork):
     )
     centre: Tensor  # [F] mean features of pictures of people, if it was measured
     whiten: Tensor  # [F, F] by which features less their mean become uncorrelated, of std 1
+    known: Tensor  # [3, V] what its vision model makes of patterns, if it has a sight
+    usual: Tensor  # [2, V] mean and std of what that sees in pictures of people
 
     def __init__(
         self,
@@ -88,6 +93,7 @@ class StartNetwork(PictureNetwork):
         measured: bool = False,
         hides: bool = False,
         verdict: Mapping[str, Any] | None = None,
+        sight: Sight | None = None,
     ) -> None:
         super().__init__(latent_size, size=size, width=width, features=features)
         self.latent_size = latent_size
@@ -99,6 +105,14 @@ class StartNetwork(PictureNetwork):
         if measured:
             self.register_buffer("centre", torch.zeros(features))
             self.register_buffer("whiten", torch.eye(features))
+        self.sight = sight
+        self._eye: Eye | None = None
+        if sight is not None:  # no convolutions: a linear map of what is seen
+            del self.stem, self.blocks
+            self.neck = nn.Linear(sight.features, features)
+            self.register_buffer("known", torch.zeros(PATTERNS, sight.features))
+            middle, std = torch.zeros(sight.features), torch.ones(sight.features)
+            self.register_buffer("usual", torch.stack([middle, std]))
 
     @property
     def config(self) -> dict[str, Any]:
@@ -114,7 +128,33 @@ class StartNetwork(PictureNetwork):
             found["hides"] = True
         if self.verdict is not None:
             found["verdict"] = self.verdict
+        if self.sight is not None:
+            found["sight"] = self.sight.to_json()
         return found
+
+    def seeing(self, vision: Vision | None) -> StartNetwork:
+        """The same network, weights shared, with the vision model that it sees with; itself where it needs none.
+
+        Raises ConfigError if that is missing or another one.
+        """
+        if self.sight is None:
+            return self
+        other = copy.copy(self)
+        other._eye = Eye(self.sight, self.sight.require(vision, self.known))
+        return other
+
+    def describe(self, pictures: Tensor) -> Tensor:
+        """Pictures of any size -> features [n, F]. Raises ShapeError for anything but [n, 3, H, W], and ConfigError
+        where the vision model is missing."""
+        if self.sight is None:
+            return super().describe(pictures)
+        if pictures.ndim != 4 or pictures.shape[1] != 3:
+            raise ShapeError(
+                f"A start network reads pictures [n, 3, H, W]. Got {list(pictures.shape)}."
+            )
+        eye = self._eye or Eye(self.sight, self.sight.require(None, self.known))
+        middle, std = self.usual
+        return self.neck((eye(pictures).to(self.usual) - middle) / std)
 
     @property
     def locates(self) -> bool:
@@ -166,7 +206,8 @@ def build_start(config: Mapping[str, Any]) -> StartNetwork:
     """The network that a `config` describes. Raises ConfigError for one that it does not."""
     sizes = {key: int(config[key]) for key in ("latent_size", "rank", *_SIZES)}
     locator, verdict = config.get("locator"), config.get("verdict")
-    for part, value in (("locator", locator), ("verdict", verdict)):
+    sight = config.get("sight")
+    for part, value in (("locator", locator), ("verdict", verdict), ("sight", sight)):
         if value is not None and not isinstance(value, Mapping):
             raise ConfigError(
                 f"the {part} of a start network is described by names. Got {value!r}."
@@ -177,4 +218,5 @@ def build_start(config: Mapping[str, Any]) -> StartNetwork:
         measured=config.get("measured") is True,
         hides=config.get("hides") is True,
         verdict=verdict,
+        sight=None if sight is None else Sight.from_json(sight),
     )

@@ -43,6 +43,44 @@ def test_a_space_is_taught_and_used(host: Host) -> None:
     assert space.frame is not None and before.frame is None
 
 
+def test_a_start_that_sees_with_a_vision_model_wants_the_same_one_again(host: Host) -> None:
+    def invert(graph: TeachingGraph, space, **connected) -> str:
+        portrait = graph.add("W2WPP_ExamplePortrait")
+        inverted = graph.add(
+            "W2WPP_InvertFromImage", model=graph.model, vae=[graph.loader, 3], positive=[graph.loader, 1],
+            space=space, image=[portrait, 0], method="adam", steps=1, seed=0, batch=2, learning_rate=0.02,
+            prior=-1.0, pivotal=0.0, resolution=0, preview_every=0, **connected,
+        )  # fmt: skip
+        return graph.add("PreviewAny", source=[inverted, 2])
+
+    graph = TeachingGraph()
+    vision = [graph.add("Probe_ClipVision", seed=1, width=32), 0]
+    taught = graph.teach(save_as="sighted", clip_vision=vision)
+    shown = invert(graph, [taught, 0], clip_vision=vision)
+    result = host.run(graph.nodes)
+    (report,) = result.outputs[taught]["text"]
+    assert "seen by clip_vision_model, 3 layers of 32" in report
+    assert "Confidence " in result.outputs[shown]["text"][0]
+    start = load_space(host.base / "models" / "w2wpp" / "sighted.safetensors").start
+    assert start.sight.features == 24 + 32 and start.locates
+    for given, said in (
+        ({}, "3 layers of 32, and none is connected"),
+        ({"seed": 2, "width": 32}, "features of test patterns differ"),
+        ({"seed": 1, "width": 48}, "it gives 72 features, not 56"),
+    ):
+        graph = TeachingGraph()
+        space = graph.add("W2WPP_LoadSpace", space="sighted.safetensors")
+        other = {"clip_vision": [graph.add("Probe_ClipVision", **given), 0]} if given else {}
+        invert(graph, [space, 0], **other)
+        with pytest.raises(PromptFailed, match=said):
+            host.run(graph.nodes)
+    graph = TeachingGraph()
+    space = graph.add("W2WPP_LoadSpace", space="avatars-pca.safetensors")
+    needless = [graph.add("Probe_ClipVision", seed=1, width=32), 0]
+    shown = invert(graph, [space, 0], clip_vision=needless)
+    assert "'clip_vision' was not needed" in host.run(graph.nodes).outputs[shown]["text"][0]
+
+
 def test_an_interrupted_run_keeps_its_paintings_and_goes_on(host: Host) -> None:
     graph = TeachingGraph()
     graph.teach(people=400, save_as="", seed=4)

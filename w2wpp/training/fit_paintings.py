@@ -6,6 +6,9 @@ the network learns to read these coordinates and no others, each as heavy as it 
 place of the pixels, the directions are found again, and it goes on (alternating conditional expectations, Breiman &
 Friedman 1985). Paintings kept apart tell how strongly it answers, and answers are lengthened to match.
 
+With a pretrained vision model its features take the place of learned ones, and only linear maps are fitted
+(`fit_sight`).
+
 The same paintings, moved about, teach a locator, and where they change with the latents is where heads are.
 """
 
@@ -20,19 +23,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import ConfigError, DataError, ShapeError
+from ..errors import ConfigError, DataError
 from ..placement import Frame, place_box
 from ..rates import warm_cosine
+from ..sight import Vision
 from ..start_network import StartNetwork, build_start
 from .augment import Augmentation
 from .compute import Compute
 from .fit_locator import LocatorTraining, fit_locator
+from .fit_sight import SightTraining, fit_sight
 from .fit_start import LabelMap
 from .fit_verdict import fit_verdict
+from .painted import EVEN, PaintedPeople, Readable, readable
 
 Told = Callable[[int, int, str], None]  # done, of, line
 FEWEST = 64  # people to learn anything from
-EVEN = 1e-3  # ridge of linear fits from latents, in mean eigenvalues
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,7 @@ class PaintingsTraining:
     features: int = 128
     augmentation: Augmentation = field(default_factory=Augmentation)
     locator: LocatorTraining | None = field(default_factory=LocatorTraining)
+    sight: SightTraining = field(default_factory=SightTraining)  # where a vision model is given
 
     def __post_init__(self) -> None:
         if not 0 < self.apart < 0.9 or self.steps < 1 or self.batch < 2 or self.most < 1:
@@ -63,81 +69,19 @@ class PaintingsTraining:
             )
 
 
-@dataclass(frozen=True, eq=False)
-class PaintedPeople:
-    """n people, m paintings of each, every one in another scene."""
-
-    z: Tensor  # [n, d] what they were painted with
-    bank: Tensor  # [n, m, 3, S, S] int8, 127 is white
-
-    def __post_init__(self) -> None:
-        if self.z.ndim != 2 or self.bank.ndim != 5 or self.bank.shape[2] != 3:
-            raise ShapeError(
-                "Paintings are latents [n, d] and a bank [n, m, 3, S, S]. Got "
-                f"{list(self.z.shape)} and {list(self.bank.shape)}."
-            )
-        if len(self.z) != len(self.bank) or self.bank.shape[1] < 1:
-            raise ShapeError(f"Got latents of {len(self.z)} people, paintings of {len(self.bank)}.")
-
-    def __len__(self) -> int:
-        return len(self.z)
-
-    def __getitem__(self, rows: Tensor) -> PaintedPeople:
-        return PaintedPeople(self.z[rows], self.bank[rows])
-
-    def pictures(self, people: Tensor, scene: Tensor) -> Tensor:
-        """[k, 3, S, S] in [-1, 1] of people [k] in scenes [k]."""
-        return self.bank[people, scene].float() / 127
-
-
-@dataclass(frozen=True, eq=False)
-class Readable:
-    """r directions of latents that show in pictures."""
-
-    directions: Tensor  # [d, r] orthonormal
-    share: Tensor  # [r] of each coordinate's variance that a linear fit of pictures tells, falling
-
-    def __call__(self, z: Tensor) -> Tensor:
-        return z @ self.directions
-
-
-def readable(seen: Tensor, z: Tensor, *, most: int, least_share: float) -> Readable:
-    """From what is seen of people [n, k] (anything that pictures decide) and their latents [n, d].
-
-    Shares are those that would hold for people who are new: the fit's own flattery (its degrees of freedom) is
-    subtracted.
-    """
-    n, d = z.shape
-    seen = (seen - seen.mean(0)).double()
-    spread, basis = torch.linalg.eigh(seen.T @ seen / n)
-    keep = min(seen.shape[1], max(1, n // 6))
-    wide = basis[:, -keep:] * spread[-keep:].clamp_min(1e-9 * float(spread[-1])).rsqrt()
-    white = seen @ wide  # [n, keep], uncorrelated
-    fit = LabelMap.fit(z.double(), white, penalty=EVEN)
-    left = white - fit(z.double())
-    freedom = max(1, n - d - 1)
-    noise = left.T @ left / freedom
-    values, vectors = torch.linalg.eigh(noise)
-    root = vectors @ (values.clamp_min(1e-6).rsqrt()[:, None] * vectors.T)
-    u, strength, _ = torch.linalg.svd(fit.weights @ root, full_matrices=False)  # [d, r], [r]
-    # Noise alone has singular values up to about sqrt(d/n) + sqrt(k/n) (Marchenko & Pastur 1967).
-    flattery = (d**0.5 + keep**0.5) ** 2 / n
-    signal = (strength.square() - flattery).clamp_min(0)
-    share = signal / (1 + signal)
-    count = max(1, min(most, int((share >= least_share).sum())))
-    return Readable(u[:, :count].float(), share[:count].float())
-
-
 def fit_paintings(
     painted: PaintedPeople,
     config: PaintingsTraining,
     *,
+    vision: Vision | None = None,
     compute: Compute | None = None,
     callback: Told = lambda done, of, line: None,
 ) -> tuple[StartNetwork, Frame, dict[str, Any]]:
     """A start network that reads, locates and judges; how its pictures were framed; and a report.
 
-    What the report says of answers was measured on people kept apart. Raises DataError for too few people.
+    With a vision model people are read by what that sees; the network then wants the same one wherever it is used
+    (`StartNetwork.seeing`). What the report says of answers was measured on people kept apart. Raises DataError for
+    too few people.
     """
     least = fewest_people(painted.z.shape[1], config)
     if len(painted) < least:
@@ -152,16 +96,43 @@ def fit_paintings(
     learned_from = PaintedPeople(painted.z[known], painted.bank[known])
     z, bank = painted.z[kept], painted.bank[kept]
     head, frame = measure_head(learned_from)
-    reading = _Reading(learned_from, config, head, compute, callback)
-    network, found = reading.train()
+    if vision is None:
+        network, found = _Reading(learned_from, config, head, compute, callback).train()
+        features = None
+    else:
+        sighted = fit_sight(
+            learned_from,
+            vision,
+            config.sight,
+            frame=frame,
+            head=head,
+            augmentation=config.augmentation,
+            most=config.most,
+            least_share=config.least_share,
+            features=config.features,
+            seed=config.seed,
+            callback=callback,
+        )
+        network, found, features = sighted.network, sighted.found, sighted.features
     locator = None
     if config.locator is not None:
         locator = fit_locator(
-            reading.anyone, config.locator, head=head, compute=compute, callback=callback
+            learned_from.anyone, config.locator, head=head, compute=compute, callback=callback
         )
-    answer, slope = _answer(network, found, z, bank, config)
-    start = _assembled(network, answer, locator, learned_from, config)
-    start.verdict = fit_verdict(start, z, bank, found.directions, config.augmentation, head=head)
+    answer, slope = _answer(network.seeing(vision), found, z, bank, config)
+    if features is None:
+        features = _seen(network, learned_from, config)
+    start = _assembled(network, answer, locator, features, config)
+    seeing = start.seeing(vision)
+    start.verdict = fit_verdict(
+        seeing,
+        z,
+        bank,
+        found.directions,
+        config.augmentation,
+        head=head,
+        most=600 if vision is None else config.sight.judged,
+    )
     report = {
         "people": len(learned_from),
         "paintings": painted.bank.shape[0] * painted.bank.shape[1],
@@ -169,8 +140,9 @@ def fit_paintings(
         "coordinates": len(found.share),
         "told_by_pictures": [round(float(s), 3) for s in found.share],
         "slope": round(slope, 3),
-        **_judged(start, found, z, bank),
+        **_judged(seeing, found, z, bank),
         "frame": frame.to_json(),
+        "vision": None if vision is None else vision.name,
         "training": asdict(config),
     }
     return start.requires_grad_(False).eval(), frame, report
@@ -258,12 +230,6 @@ class _Reading:
     def _found(self, seen: Tensor, z: Tensor) -> Readable:
         return readable(seen, z, most=self.config.most, least_share=self.config.least_share)
 
-    def anyone(self, count: int, generator: torch.Generator) -> Tensor:
-        """Paintings [count, 3, S, S] of anybody."""
-        n, m = self.painted.bank.shape[:2]
-        people = torch.randint(n, (count,), generator=generator)
-        return self.painted.pictures(people, torch.randint(m, (count,), generator=generator))
-
     def _network(self, answers: int) -> StartNetwork:
         config = self.config
         with torch.random.fork_rng(devices=[]):
@@ -349,7 +315,7 @@ def _assembled(
     network: StartNetwork,
     answer: LabelMap,
     locator: Any,
-    painted: PaintedPeople,
+    features: Tensor,
     config: PaintingsTraining,
 ) -> StartNetwork:
     """One network that answers in latents, locates, and knows what pictures of people are like."""
@@ -370,22 +336,25 @@ def _assembled(
     parts["spread"], parts["scale"] = answer.weights, torch.ones(())
     if locator is not None:
         parts |= {f"locator.{name}": t for name, t in locator.state_dict().items()}
-    parts["centre"], parts["whiten"] = _measured(network, painted, config)
+    parts["centre"], parts["whiten"] = _measured(features)
     start.load_state_dict(parts)
     return start.requires_grad_(False).eval()
 
 
 @torch.no_grad()
-def _measured(
-    network: StartNetwork, painted: PaintedPeople, config: PaintingsTraining
-) -> tuple[Tensor, Tensor]:
-    """Mean and whitening of features of paintings, each as it is and once augmented."""
+def _seen(network: StartNetwork, painted: PaintedPeople, config: PaintingsTraining) -> Tensor:
+    """Features [k, F] of paintings, each as it is and once augmented."""
     generator = torch.Generator().manual_seed(config.seed + 2)
     seen = []
     for part in painted.bank.flatten(0, 1)[:4096].split(256):
         pictures = part.float() / 127
         seen += [network.describe(p) for p in (pictures, config.augmentation(pictures, generator))]
-    features = torch.cat(seen).double()
+    return torch.cat(seen)
+
+
+def _measured(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and whitening of features [k, F]."""
+    features = features.double()
     middle = features.mean(0)
     features = features - middle
     values, vectors = torch.linalg.eigh(features.T @ features / len(features))

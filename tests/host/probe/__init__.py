@@ -6,6 +6,7 @@ import json
 import os
 
 import comfy.cldm.cldm
+import comfy.clip_vision
 import comfy.controlnet
 import comfy.lora
 import comfy.model_management
@@ -455,6 +456,33 @@ class SmallSD15(io.ComfyNode):
         return io.NodeOutput(patcher, prompt, RandomVAE())
 
 
+class RandomVision(io.ComfyNode):
+    """A small CLIP vision model with random weights, other ones for every seed."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="Probe_ClipVision",
+            inputs=[io.Int.Input("seed"), io.Int.Input("width", default=32)],
+            outputs=[io.ClipVision.Output()],
+        )
+
+    @classmethod
+    def execute(cls, seed, width):
+        config = {
+            "model_type": "clip_vision_model", "hidden_size": width, "num_hidden_layers": 3, "num_attention_heads": 4,
+            "intermediate_size": 2 * width, "hidden_act": "gelu", "num_channels": 3, "image_size": 64,
+            "patch_size": 16, "projection_dim": 24, "layer_norm_eps": 1e-5,
+        }  # fmt: skip
+        file = os.path.join(folder_paths.get_temp_directory(), f"vision{width}.json")
+        os.makedirs(os.path.dirname(file), exist_ok=True)
+        with open(file, "w") as out:  # hosts of 2025 take nothing but a file
+            json.dump(config, out)
+        vision = comfy.clip_vision.ClipVisionModel(file)
+        fill(vision.model, torch.Generator().manual_seed(seed))
+        return io.NodeOutput(vision)
+
+
 class RandomControl(io.ComfyNode):
     """A full-size SD 1.5 ControlNet with random weights."""
 
@@ -503,7 +531,7 @@ class ProbeExtension(ComfyExtension):
     async def get_node_list(self):
         return [
             RandomModel, OtherModel, ReducedModel, PlantedModel, WholeSDXL, Adapters, Weights, State, FailingSpace,
-            SmallSD15, RandomControl,
+            SmallSD15, RandomControl, RandomVision,
         ]  # fmt: skip
 
 
