@@ -4,6 +4,7 @@ import contextlib
 import math
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,13 +14,15 @@ from .. import w2wpp
 from ..w2wpp import inversion
 from ..w2wpp.diffusion.sampler import sample
 from ..w2wpp.errors import DataError
-from ..w2wpp.inversion.verdict import Verdict, judge
+from ..w2wpp.inversion.framing import Framed
+from ..w2wpp.inversion.verdict import Verdict, judge, repainted
+from ..w2wpp.start_network import StartNetwork
 from .curve import draw_curve
 from .host import folders, framing, tensors
 from .host.denoiser import Denoiser, denoiser
 from .host.framing import crop_image, frame_pictures, framed_image, framed_preview
 from .host.model import check_fit, noise_schedule, usual_size
-from .host.pictures import picture_latents
+from .host.pictures import painted_pictures, picture_latents
 from .host.plan import Plan, plan_run
 from .host.progress import Watch
 from .host.prompts import check_prompt
@@ -184,6 +187,15 @@ class InvertFromImage(io.ComfyNode):
                     "is kept all the same.",
                     **advanced(),
                 ),
+                io.Boolean.Input(
+                    "repaint",
+                    default=True,
+                    optional=True,
+                    tooltip="Whether the person found is painted once more under the prompt, to see whether they look "
+                    "like the one in the picture: part of the confidence, where the space has a start network. Costs "
+                    f"{PREVIEW_STEPS} evaluations of the UNet and one decoding.",
+                    **advanced(),
+                ),
             ],
             outputs=[
                 IdentitySocket.Output(
@@ -242,6 +254,7 @@ class InvertFromImage(io.ComfyNode):
         clip_vision=None,
         framing: str = "auto",
         strict: bool = False,
+        repaint: bool = True,
     ) -> io.NodeOutput:
         check_fit(model, space.layout)
         check_prompt(positive)
@@ -266,8 +279,15 @@ class InvertFromImage(io.ComfyNode):
             )
             watch = Watch(model, cls.hidden.unique_id)
             watch.draw(framed_preview(image, framed))
-            solution, gain, report = _solve(session, model, positive, watch, preview_every)
-            verdict = judge(space.start, framed, gain=gain)
+            repaint = repaint and space.start is not None  # else nobody reads the painting
+            solution, found, report = _solve(
+                session, model, positive, watch, preview_every, repaint
+            )
+            likeness = None
+            if found.painted is not None:
+                likeness, said = _likeness(space.start, framed, model, vae, found.painted)
+                report += f"\n{said}"
+            verdict = judge(space.start, framed, gain=found.gain, repaint=likeness)
         title = f"{inversion.OLDER_NAMES.get(method, method)}, {len(solution.history)} steps"
         curve = draw_curve(solution.history, title, comparable=not session.recipe.fresh)
         report = "\n".join([f"{verdict}", *remarks, *framed.remarks, report])
@@ -280,23 +300,49 @@ class InvertFromImage(io.ComfyNode):
         )
 
 
+@dataclass(frozen=True)
+class _Found:
+    """What the model says of a solution."""
+
+    gain: float  # on the average person
+    painted: torch.Tensor | None  # latents [1, C, H, W] of the person found, as the model sees them
+
+
 def _solve(
-    session: inversion.Session, model: Any, prompt: list, watch: Watch, preview_every: int
-) -> tuple[inversion.Solution, float, str]:
-    """Run a session with the user's model; what was found, what it gains on the average person, and the report."""
+    session: inversion.Session,
+    model: Any,
+    prompt: list,
+    watch: Watch,
+    preview_every: int,
+    repaint: bool,
+) -> tuple[inversion.Solution, _Found, str]:
+    """Run a session with the user's model; what was found, what the model says of it, and the report."""
     started, recipe = time.monotonic(), session.recipe
     shape = (recipe.draws, *session.pictures.shape[1:])
     plan = plan_run(model, shape, gradients=recipe.gradients)
     session, schedule = session.to(plan.device), noise_schedule(model)
     with denoiser(model, session.space.layout, prompt, plan) as denoise:
         watch.show(0, recipe.steps, f"{plan}")
-        watcher = _Watcher(session, watch, _Painter(session, denoise, schedule), preview_every)
+        paint = _Painter(session, denoise, schedule)
+        watcher = _Watcher(session, watch, paint, preview_every)
         with watcher.keeping_the_best():
             solution = session.solve(denoise, schedule, micro_batch=plan.rows, callback=watcher)
         (gain,) = session.gain(denoise, schedule, solution.identity, micro_batch=plan.rows)
+        painted = paint(solution.identity) if repaint else None
     report = _report(session, solution, plan, time.monotonic() - started)
     report += f"\nThe loss is {1 - gain:.4g} times that of the average person"
-    return solution, gain, report
+    return solution, _Found(gain, painted), report
+
+
+def _likeness(
+    start: StartNetwork, framed: Framed, model: Any, vae: Any, latents: torch.Tensor
+) -> tuple[float | None, str]:
+    """How alike the person found is painted to the one in the pictures, and a line for the report."""
+    painted = painted_pictures(model, vae, latents)
+    if painted is None:
+        return None, "Not painted again: this VAE does not decode to pictures"
+    likeness = repainted(start, framed, painted)
+    return likeness, f"Painted again, features agree by a cosine of {likeness:.2f}"
 
 
 def _require(verdict: Verdict, found: w2wpp.Identity) -> None:

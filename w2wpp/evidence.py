@@ -53,6 +53,11 @@ def evidence(
     return {name: found[name].float().cpu() for name in NAMES}
 
 
+def agreement_of(cosine: Tensor) -> Tensor:
+    """Cosines as numbers that spread evenly: Fisher's artanh."""
+    return cosine.clamp(-0.999, 0.999).atanh()
+
+
 def table(found: Mapping[str, Tensor]) -> Tensor:
     """As columns [n, 7] in the order of their names."""
     return torch.stack([found[name] for name in NAMES], dim=1)

@@ -42,6 +42,22 @@ def picture_latents(
     return latents, weights.to(latents.device)
 
 
+def painted_pictures(model: Any, vae: Any, latents: Tensor) -> Tensor | None:
+    """Latents [n, C, h, w] as the UNet sees them, decoded: [n, 3, H, W] in [-1, 1]; none where the VAE does not give
+    pictures."""
+    decode = getattr(vae, "decode", None)
+    if not callable(decode):
+        return None
+    base = model.model
+    latents = base.process_latent_out(latents.float().cpu())
+    found = decode(latents.unsqueeze(2) if has_frames(base) else latents)
+    if found.ndim == 5:  # VAEs of videos
+        found = found.reshape(-1, *found.shape[-3:])
+    if found.ndim != 4 or len(found) != len(latents) or found.shape[-1] < 3:
+        return None
+    return found[..., :3].float().cpu().clamp(0, 1).movedim(-1, 1) * 2 - 1
+
+
 def _encoded(model: Any, vae: Any, pictures: Tensor) -> Tensor:
     """[n, H, W, 3] -> [n, C, h, w]; a VAE of videos would take several pictures for the frames of one."""
     base = model.model

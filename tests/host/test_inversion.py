@@ -261,6 +261,20 @@ def test_what_should_not_be_trusted_is_refused_in_strict_mode_and_kept(host: Hos
     assert len(set((host.output / "w2wpp").glob("doubtful*")) - before) == 1
 
 
+def test_the_person_found_is_painted_again_and_looked_at(host: Host) -> None:
+    told = {}
+    for name, repaint in (("with", True), ("without", False)):
+        graph = InversionGraph()
+        shown = graph.report(graph.invert(mask=graph.mask, repaint=repaint))
+        told[name] = host.run(graph.nodes).outputs[shown]["text"][0]
+    agree = float(told["with"].split("features agree by a cosine of ")[1].split()[0])
+    assert 0.5 < agree <= 1  # the portrait is of an avatar, whom the space can express
+    assert "Painted again" not in told["without"]
+    # Nothing but the report knows of it: the same evaluations found the same person.
+    same = [[line for line in t.splitlines() if "Loss " in line] for t in told.values()]
+    assert same[0] == same[1] != []
+
+
 class SD15Graph(Graph):
     """A tiny picture and an SD 1.5 UNet of full size."""
 

@@ -9,7 +9,7 @@ import torch
 from w2wpp.errors import ConfigError, DataError, ShapeError
 from w2wpp.evidence import NAMES, evidence
 from w2wpp.inversion.framing import Framing
-from w2wpp.inversion.verdict import Calibration, judge
+from w2wpp.inversion.verdict import Calibration, judge, repainted
 from w2wpp.start_network import build_start
 from w2wpp.training.augment import Augmentation, compressed, plain
 from w2wpp.training.fit_locator import LocatorTraining, fit_locator, scenes
@@ -143,12 +143,72 @@ def test_a_person_who_explains_nothing_is_flagged(learned):
         unknown.require()
 
 
+def test_a_painting_of_somebody_else_speaks_against_the_answer(learned):
+    start = learned[0]
+    calibration = Calibration.of(start)
+    assert calibration.same[0] > calibration.other[0] + 0.3
+    strangers = people(60, seed=12)
+    first, second = (strangers.bank[:, i].float() / 127 for i in (0, 1))
+    flags = {"same": 0, "other": 0, "none": 0}
+    for i in range(60):
+        framed = Framing(None, None)(first[i : i + 1], SIZE)
+        again = torch.nn.functional.interpolate(second[i : i + 1], scale_factor=2)
+        other = second[(i + 1) % 60][None]
+        alone = judge(start, framed)
+        verdicts = {
+            "same": judge(start, framed, repaint=repainted(start, framed, again)),
+            "other": judge(start, framed, repaint=repainted(start, framed, other)),
+            "none": alone,
+        }
+        for name, verdict in verdicts.items():
+            flags[name] += verdict.flagged
+            assert verdict.confidence <= alone.confidence
+        if verdicts["other"].flagged and not alone.flagged:
+            assert "does not look like" in verdicts["other"].sentence
+    assert flags["same"] <= flags["none"] + 4
+    assert flags["other"] > 30
+    assert "repaint" in verdicts["other"].to_json()["evidence"]
+
+
+def test_doubt_is_the_likelihood_of_two_people_and_never_negative():
+    """By hand: artanh(.5) = .5493 under N(1, .25) and N(0, .5)."""
+    calibration = Calibration((0.0,), (1.0,), (0.0,), {}, 0.5, same=(1.0, 0.25), other=(0.0, 0.5))
+    x = math.atanh(0.5)
+    two = -0.5 * (x / 0.5) ** 2 - math.log(0.5)
+    one = -0.5 * ((x - 1) / 0.25) ** 2 - math.log(0.25)
+    assert calibration.doubt(0.5) == pytest.approx(two - one, abs=1e-5)
+    assert calibration.doubt(0.99) == 0 and calibration.doubt(-1.0) == 4.0
+    assert dataclasses.replace(calibration, same=None).doubt(-1.0) == 0
+    assert dataclasses.replace(calibration, same=(-1.0, 0.25)).doubt(-1.0) == 0
+
+
+def test_what_a_mask_hides_is_hidden_in_the_painting_too(learned):
+    start = learned[0]
+    strangers = people(64, seed=13)
+    picture, other = strangers.bank[:1, 0].float() / 127, strangers.bank[1:2, 0].float() / 127
+    mask = torch.zeros(1, 1, SIZE, SIZE)
+    mask[..., : SIZE // 2] = 1
+    # Under the mask the painting is the picture; what lies outside is somebody else.
+    painted = picture * mask + other * (1 - mask)
+    framed = Framing(None, None, crop=False)(picture, SIZE, mask=mask)
+    hidden = repainted(start, framed, painted)
+    assert hidden > 0.98  # but for the mask's soft edge
+    assert repainted(start, Framing(None, None)(picture, SIZE), painted) < hidden - 0.01
+
+
 def test_verdicts_of_later_releases_and_damaged_ones_are_named(learned):
     config = learned[0].config
     late = build_start({**config, "verdict": {**config["verdict"], "version": 2}})
     with pytest.raises(ConfigError, match="version 1"):
         Calibration.of(late)
-    for damage in ({"std": [1.0]}, {"weights": "x"}, {"usual": 3}, {"mean": [math.nan] * 7}):
+    for damage in (
+        {"std": [1.0]},
+        {"weights": "x"},
+        {"usual": 3},
+        {"mean": [math.nan] * 7},
+        {"repaint": {"same": [1.0, 0.1]}},
+        {"repaint": {"same": [1.0, 0.0], "other": [0.0, 1.0]}},
+    ):
         odd = build_start({**config, "verdict": {**config["verdict"], **damage}})
         with pytest.raises(ConfigError, match="damaged"):
             Calibration.of(odd)

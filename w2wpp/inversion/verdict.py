@@ -8,16 +8,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import ConfigError, DataError
-from ..evidence import NAMES, evidence, table
+from ..evidence import NAMES, agreement_of, evidence, table
 from ..start_network import StartNetwork
 from .framing import CERTAIN, Framed
 
 VERSION = 1
 LIMIT = 4.0  # stds beyond which evidence says no more; as in training.fit_verdict
 GOOD = "This picture shows a face that the space can express."
+SOMEBODY_ELSE = "Painted again, the person found does not look like the one in the picture."
 UNKNOWN = (
     "How far this answer can be trusted is not known: the space has no start network that was taught to judge. W2W++ "
     "Train Start Network or `w2wpp fit-start` makes one."
@@ -36,6 +38,9 @@ class Calibration:
     weights: tuple[float, ...]  # of 1, of evidence and of its squares
     usual: Mapping[str, tuple[float, float]]  # where evidence lies for pictures as they should be
     flag_below: float  # a confidence that one such picture in twenty falls short of
+    # Mean and std of the agreement (artanh of the cosine) of answers to two paintings of one person, and of two people.
+    same: tuple[float, float] | None = None
+    other: tuple[float, float] | None = None
 
     @classmethod
     def of(cls, start: StartNetwork | None) -> Calibration | None:
@@ -56,9 +61,22 @@ class Calibration:
             usual = {
                 name: (float(low), float(high)) for name, (low, high) in facts["usual"].items()
             }
-            found = cls(**numbers, usual=usual, flag_below=float(facts["flag_below"]))
+            pairs = {
+                key: (float(facts["repaint"][key][0]), float(facts["repaint"][key][1]))
+                for key in ("same", "other")
+                if "repaint" in facts  # files of earlier releases know nothing of it
+            }
+            found = cls(
+                **numbers,
+                usual=usual,
+                flag_below=float(facts["flag_below"]),
+                same=pairs.get("same"),
+                other=pairs.get("other"),
+            )
             lengths = [len(found.mean), len(found.std), len(found.weights)]
-            every = [n for part in numbers.values() for n in part]
+            every = [n for part in (*numbers.values(), *pairs.values()) for n in part]
+            if any(std <= 0 for _, std in pairs.values()):
+                raise ValueError(f"stds of {pairs}")
             if lengths != [count, count, 2 * count + 1] or not all(map(math.isfinite, every)):
                 raise ValueError(f"{lengths} numbers")
         except (KeyError, TypeError, ValueError, AttributeError) as e:
@@ -71,6 +89,18 @@ class Calibration:
         x = ((table(found) - mean) / std).clamp(-LIMIT, LIMIT)
         columns = torch.cat([torch.ones(len(x), 1), x, x.square()], dim=1)
         return (columns @ weights).sigmoid()
+
+    def doubt(self, repaint: float) -> float:
+        """What a cosine of answers to the pictures and to a painting of the person found takes from the log odds.
+
+        It is how much likelier two people agree like this than one person in two paintings, and never speaks for an
+        answer: whoever is painted is read as themselves, also where the picture shows nobody.
+        """
+        if self.same is None or self.other is None or self.same[0] <= self.other[0]:
+            return 0.0
+        x = agreement_of(torch.tensor(repaint)).clamp(self.other[0], self.same[0])
+        one, two = (_log_normal(float(x), *pair) for pair in (self.same, self.other))
+        return min(LIMIT, max(0.0, two - one))
 
 
 @dataclass(frozen=True)
@@ -107,6 +137,24 @@ def confidences(start: StartNetwork, pictures: Tensor, mask: Tensor | None = Non
     return None if calibration is None else calibration(evidence(start, pictures, mask))
 
 
+def repainted(start: StartNetwork, framed: Framed, painted: Tensor) -> float:
+    """The cosine of the answers to framed pictures of one person and to paintings [k, 3, h, w] of whom was found.
+
+    Paintings are made with the prompt that describes the pictures, so that both show the same scene; what a mask hides
+    is hidden in both.
+    """
+    pictures = framed.pictures
+    if painted.shape[-2:] != pictures.shape[-2:]:
+        size = tuple(pictures.shape[-2:])
+        painted = F.interpolate(painted, size, mode="bilinear", antialias=True)
+    if framed.weighted and start.hides:
+        pictures, painted = pictures * framed.weights, painted * framed.weights.amax(0)
+    with torch.no_grad():
+        place = next(start.parameters())
+        shown, again = (start(p.to(place)).mean(0) for p in (pictures, painted))
+    return float(F.cosine_similarity(shown, again, dim=0))
+
+
 def judge(
     start: StartNetwork | None,
     framed: Framed,
@@ -116,8 +164,8 @@ def judge(
 ) -> Verdict:
     """What to think of an answer to framed pictures of one person.
 
-    gain: the share of the average person's loss that the person found is spared, if somebody measured it. repaint: the
-    cosine of the answers to the pictures and to one painted of the person found. Several pictures are as good as they
+    gain: the share of the average person's loss that the person found is spared, if somebody measured it. repaint: what
+    `repainted` says of a painting of the person found. Several pictures are as good as they
     are on average.
     """
     calibration = Calibration.of(start)
@@ -139,11 +187,24 @@ def judge(
         return Verdict(min(sure, float(framed.certainty.max())), "No face was found.", True, told)
     if gain is not None and gain <= 0:
         return Verdict(min(sure, 0.5 * calibration.flag_below), _explains_nothing(gain), True, told)
-    if repaint is not None and repaint < 0.5:
-        sure = min(sure, calibration.flag_below * max(0.0, repaint) * 2)
+    alone = sure  # by the picture alone
+    if repaint is not None:
+        sure = _odds_less(sure, calibration.doubt(repaint))
     if sure >= calibration.flag_below:
         return Verdict(sure, GOOD, False, told)
-    return Verdict(sure, _why(calibration, told, repaint), True, told)
+    other = alone >= calibration.flag_below
+    return Verdict(sure, SOMEBODY_ELSE if other else _why(calibration, told), True, told)
+
+
+def _odds_less(sure: float, doubt: float) -> float:
+    """A confidence whose log odds are lower by a doubt."""
+    odds = torch.tensor(sure, dtype=torch.float64).clamp(1e-9, 1 - 1e-9).logit() - doubt
+    return min(sure, float(odds.sigmoid()))
+
+
+def _log_normal(x: float, mean: float, std: float) -> float:
+    """Density of a normal distribution, log, up to a constant."""
+    return -0.5 * ((x - mean) / std) ** 2 - math.log(std)
 
 
 def _explains_nothing(gain: float) -> str:
@@ -166,11 +227,9 @@ _REASONS = (
 )  # fmt: skip
 
 
-def _why(calibration: Calibration, told: Mapping[str, float], repaint: float | None) -> str:
+def _why(calibration: Calibration, told: Mapping[str, float]) -> str:
     for name, side, sentence in _REASONS:
         low, high = calibration.usual.get(name, (-math.inf, math.inf))
         if (side == "low" and told[name] < low) or (side == "high" and told[name] > high):
             return sentence
-    if repaint is not None and repaint < 0.5:
-        return "Painted, the person found does not look like the one in the picture."
     return "Nothing alone is odd, but together it is unlike pictures that could be answered well."

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..evidence import NAMES, evidence, table
+from ..evidence import NAMES, agreement_of, evidence, table
 from ..placement import crop
 from ..start_network import StartNetwork
 from .augment import Augmentation, plain
@@ -68,7 +68,19 @@ def fit_verdict(
         "usual": limits,  # of pictures that are as they should be, 2 % to either side
         "flag_below": round(float(flag), 4),
         "typical": round(float(best), 4),
+        **({} if bank.shape[1] < 2 else {"repaint": _agreements(start, bank[:most])}),
     }
+
+
+@torch.no_grad()
+def _agreements(start: StartNetwork, bank: Tensor) -> dict[str, list[float]]:
+    """Mean and std of how answers to two paintings agree: of one person, and of two."""
+    first, second = (start(bank[:, scene].float() / 127) for scene in (0, 1))
+    found = {}
+    for name, again in (("same", second), ("other", second.roll(1, 0))):
+        x = agreement_of(F.cosine_similarity(first, again, dim=1))
+        found[name] = [round(float(x.mean()), 4), round(max(float(x.std()), 0.05), 4)]
+    return found
 
 
 def _columns(seen: Tensor, mean: Tensor, std: Tensor) -> Tensor:
