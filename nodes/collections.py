@@ -18,6 +18,7 @@ from ..w2wpp.training.fit_delta import (
     open_members,
 )
 from .host import folders, tensors
+from .host.plan import device_for_sums
 from .host.progress import steps_shown
 from .likeness import draw_map, draw_matrix
 from .types import IdentitySocket, LoraSocket, People, SpaceSocket, advanced, schema
@@ -128,7 +129,12 @@ class SpaceFromLoras(io.ComfyNode):
             members, weights, refused = _members(_one(folder), _one(files), loras)
             progress = steps_shown(cls.hidden.unique_id, "comparing module")
             space, report = fit_delta(
-                members, settings, weights=weights, refused=refused, progress=progress
+                members,
+                settings,
+                weights=weights,
+                refused=refused,
+                progress=progress,
+                device=device_for_sums(),
             )
             text = str(report)
             if target:
@@ -196,7 +202,9 @@ class CompareLoras(io.ComfyNode):
         with tensors.ordinary_tensors():
             members, _, refused = _members(_one(folder), _one(files), loras)
             progress = steps_shown(cls.hidden.unique_id, "comparing module")
-            found = compare_members(members, refused=refused, progress=progress)
+            found = compare_members(
+                members, refused=refused, progress=progress, device=device_for_sums()
+            )
             names = list(found.names)
             matrix = draw_matrix(names, found.cosines)
             plane = draw_map(names, map_positions(found.gram))

@@ -19,15 +19,17 @@ from w2wpp import (
     lora_of_tensors,
     save_space,
 )
+from w2wpp.delta_basis import compute_grams
 from w2wpp.encode_delta import as_member
 from w2wpp.files.container import open_container
 from w2wpp.lora.collection import collect, members_of
-from w2wpp.lora.delta import Factors, cut
+from w2wpp.lora.delta import Factors, Stack, cut
 from w2wpp.lora.members import member_of_tensors
 from w2wpp.mixtures import members, mix, sample_mixtures
 from w2wpp.training.collection_report import cosines, held_out_shares, mean_shares
 from w2wpp.training.fit_delta import (
     CollectionSettings,
+    collection_layout,
     compare_members,
     fit_delta,
     fitting,
@@ -118,6 +120,56 @@ def test_it_is_pca_of_the_built_updates(made, built):
     torch.testing.assert_close(found.abs(), expected.abs(), atol=1e-4, rtol=1e-4)
     share = s[:k].square().cumsum(0) / s.square().sum()
     torch.testing.assert_close(torch.tensor(report.explained).double(), share, atol=1e-5, rtol=0)
+
+
+class Watched:
+    """A collection that tells of its reads, and fails at some."""
+
+    def __init__(self, collection, fails_at=None):
+        self.collection, self.fails_at, self.read = collection, fails_at, []
+        self.count, self.ranks = collection.count, collection.ranks
+
+    def stack(self, module):
+        self.read.append(module)
+        if module == self.fails_at:
+            raise DataError("unreadable")
+        return self.collection.stack(module)
+
+
+def test_modules_are_read_once_and_errors_and_interrupts_come_through(loras, built):
+    collection = collect(members_of(loras))
+    layout = collection_layout(collection, 4)
+    watched, seen = Watched(collection), []
+    grams = compute_grams(layout, watched, lambda done, of: seen.append((done, of)))
+    torch.testing.assert_close(grams.total, built @ built.T)
+    assert watched.read == list(range(len(SIZES)))
+    assert seen == [(i + 1, len(SIZES)) for i in range(len(SIZES))]
+    with pytest.raises(DataError, match="unreadable"):
+        compute_grams(layout, Watched(collection, fails_at=2))
+
+    def stop(done, of):
+        raise InterruptedError
+
+    stopped = Watched(collection)
+    with pytest.raises(InterruptedError):
+        compute_grams(layout, stopped, stop)
+    assert len(stopped.read) <= 2  # the module, and the one that is read ahead
+
+
+def test_a_module_without_room_on_the_device_is_compared_on_the_cpu(loras, built, monkeypatch):
+    collection = collect(members_of(loras))
+    moved = []
+
+    def to(stack, device):
+        moved.append(device)
+        if len(moved) == 2:
+            raise torch.cuda.OutOfMemoryError
+        return stack
+
+    monkeypatch.setattr(Stack, "to", to)
+    grams = compute_grams(collection_layout(collection, 4), collection, device="cuda:7")
+    torch.testing.assert_close(grams.total, built @ built.T)
+    assert moved == ["cuda:7"] * len(SIZES)
 
 
 def test_latents_are_standardised_over_the_members(made):

@@ -16,6 +16,7 @@ from w2wpp import (
     load_space,
     save_space,
 )
+from w2wpp.arrays import is_finite
 
 DTYPES = [np.float16, np.float32, np.float64, np.int64]
 
@@ -213,3 +214,21 @@ def test_a_space_opens_on_a_device(space, tmp_path, device):
 def test_what_is_no_device_is_refused(space, device):
     with pytest.raises(ConfigError, match="Expected a device such as 'cpu' or 'cuda:0'"):
         space.to(device)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("odd", [float("nan"), float("inf"), -float("inf")])
+def test_numbers_that_are_not_finite_are_found_wherever_they_are(dtype, odd):
+    t = torch.randn(2, 37, generator=torch.Generator().manual_seed(0)).to(dtype)
+    assert is_finite(t) and is_finite(t[:0]) and is_finite(t.T)
+    for i in range(t.numel()):
+        one = t.clone()
+        one.view(-1)[i] = odd
+        assert not is_finite(one) and not is_finite(one.T)
+
+
+def test_other_types_of_numbers_are_looked_at_as_well():
+    assert is_finite(torch.tensor([1, 2])) and is_finite(torch.tensor([True]))
+    assert is_finite(torch.ones(3).to(torch.float8_e4m3fn))
+    assert not is_finite(torch.tensor([1.0, float("nan")]).to(torch.float8_e5m2))
+    assert not is_finite(torch.tensor([complex(1, float("inf"))]))

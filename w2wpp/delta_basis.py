@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -448,26 +449,53 @@ def delta_components(
 
 
 def compute_grams(
-    layout: Layout, stacks: Stacks, progress: Callable[[int, int], None] | None = None
+    layout: Layout,
+    stacks: Stacks,
+    progress: Callable[[int, int], None] | None = None,
+    *,
+    device: torch.device | str = "cpu",
 ) -> Grams:
-    """Inner products of all members, reading each module once. `progress(done, of)` may raise."""
+    """Inner products of all members, reading each module once, the next one while one is multiplied.
+
+    `progress(done, of)` may raise. Products are taken on the device, which has to know double precision, of modules
+    that it has no room for on the CPU; the results are on the CPU.
+
+    Raises DataError where the updates overflow.
+    """
     n, modules = stacks.count, layout.modules
     total = torch.zeros(n, n, dtype=torch.float64)
     named = blocks(m.name for m in modules)
     by_block = {b: torch.zeros(n, n, dtype=torch.float64) for b in sorted(set(named.values()))}
     scales = torch.zeros(len(modules), n, dtype=torch.float64)
-    for i, module in enumerate(modules):
-        found = stacks.stack(i)
+    for i, found in enumerate(_read_ahead(stacks, len(modules))):
         if found is not None:
-            part = inner(found)
+            part = _inner_on(device, found)
             total += part
-            by_block[named[module.name]] += part
+            by_block[named[modules[i].name]] += part
             scales[i].index_copy_(0, found.owner, found.scale)
         if progress is not None:
             progress(i + 1, len(modules))
     if not bool(torch.isfinite(total).all()):
         raise DataError("The updates of these LoRAs overflow: one of them holds absurd numbers.")
     return Grams(total, {b: g.float() for b, g in by_block.items()}, scales)
+
+
+def _inner_on(device: torch.device | str, stack: Stack) -> Tensor:
+    try:
+        return inner(stack.to(device)).cpu()
+    except torch.cuda.OutOfMemoryError:
+        return inner(stack)
+
+
+def _read_ahead(stacks: Stacks, count: int) -> Iterator[Stack | None]:
+    """The modules in order; each is read while the one before is in use."""
+    with ThreadPoolExecutor(1, "w2wpp-read") as reader:
+        coming = reader.submit(stacks.stack, 0)
+        for i in range(count):
+            found = coming.result()
+            if i + 1 < count:
+                coming = reader.submit(stacks.stack, i + 1)
+            yield found
 
 
 class _FileStacks:
@@ -516,11 +544,7 @@ class _Moved:
 
     def stack(self, module: int) -> Stack | None:
         found = self._stacks.stack(module)
-        if found is None:
-            return None
-        parts = (found.down, found.up, found.scale, found.owner)
-        down, up, scale, owner = (t.to(self._device) for t in parts)
-        return Stack(down, up, scale, owner, found.count)
+        return None if found is None else found.to(self._device)
 
 
 @dataclass(frozen=True)

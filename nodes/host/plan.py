@@ -16,6 +16,7 @@ from .model import blocks_of, has_frames, patch_side
 KEPT, KEPT_CHECKPOINTED = 500, 300
 # The same for transformers, for each token and output of a linear layer; the prompt's tokens are not known yet.
 KEPT_OUTPUTS, PROMPT_TOKENS = 4, 512
+SUMS = 1 << 30  # bytes that comparing LoRAs takes at least: 100 of SDXL of rank 32 take half of it
 
 
 @dataclass(frozen=True)
@@ -97,3 +98,14 @@ def _room(device: torch.device) -> int:
 def count_parameters(model: Any) -> int:
     """How many numbers a model has."""
     return sum(p.numel() for p in model.model.diffusion_model.parameters())
+
+
+def device_for_sums() -> torch.device:
+    """Where sums over many LoRAs are taken: the host's GPU, if it knows double precision and some of it is free, or
+    the CPU."""
+    device = comfy.model_management.get_torch_device()
+    if device.type != "cuda":
+        return torch.device("cpu")
+    comfy.model_management.free_memory(SUMS, device)
+    free = comfy.model_management.get_free_memory(device)
+    return device if free >= SUMS else torch.device("cpu")

@@ -27,12 +27,17 @@ def random_update(g, ranks, modules=SIZES):
     return found
 
 
-@pytest.fixture(params=["double", "single", "blocks"])
+@pytest.fixture(params=["double", "single", "tiles", "multiplied out", "row by row"])
 def precision(request, monkeypatch):
     if request.param != "double":
         monkeypatch.setattr(delta, "EXACT_RANK", 0)
-    if request.param == "blocks":
-        monkeypatch.setattr(delta, "BLOCK", 3)
+    if request.param == "tiles":
+        monkeypatch.setattr(delta, "LEAST", 3)
+        monkeypatch.setattr(delta, "MOST", 4)
+    multiplied = request.param in ("multiplied out", "row by row")
+    monkeypatch.setattr(delta, "_shorter_multiplied_out", lambda stack: multiplied)
+    if request.param == "row by row":
+        monkeypatch.setattr(delta, "WHOLE", 1)
     return 1e-12 if request.param == "double" else 1e-5
 
 
@@ -70,6 +75,46 @@ def test_inner_products_between_two_sets(precision):
         dtype=torch.float64,
     )
     torch.testing.assert_close(found, expected, atol=precision * 500, rtol=0)
+
+
+def test_the_way_of_fewer_operations_is_taken(monkeypatch):
+    g, ways = generator(1), []
+    for name in ("_inner_of_factors", "_inner_multiplied_out"):
+        real = getattr(delta, name)
+        monkeypatch.setattr(delta, name, lambda *a, n=name, f=real: (ways.append(n), f(*a))[1])
+    # 2 * 9 * 12 * (1.5 R + N^2) against R^2 * 21, and the same for sides of 90 and 120
+    for count, rank, size, way in (
+        (2, 1, 1, "_inner_of_factors"),
+        (2, 9, 1, "_inner_multiplied_out"),
+        (2, 9, 10, "_inner_of_factors"),
+        (12, 9, 1, "_inner_multiplied_out"),
+        (60, 1, 1, "_inner_of_factors"),
+    ):
+        one = [
+            Factors(
+                torch.randn(rank, 9 * size, generator=g), torch.randn(12 * size, rank, generator=g)
+            )
+            for _ in range(count)
+        ]
+        found = inner(stack(one))
+        assert ways.pop() == way and not ways
+        built = torch.stack([f.dense().flatten() for f in one])
+        torch.testing.assert_close(found, built @ built.T, atol=1e-4 * float(found.max()), rtol=0)
+
+
+def test_scales_far_from_one_neither_overflow_nor_vanish(precision):
+    g = generator(3)
+    one = [
+        Factors(f.down, f.up, f.scale * factor)
+        for f, factor in zip(
+            (random_update(g, (3,))["a.to_q"] for _ in range(3)), (1e25, 1, -1e-25)
+        )
+    ]
+    built = torch.stack([f.dense().flatten() for f in one])
+    found, expected = inner(stack(one)), built @ built.T
+    length = expected.diagonal().sqrt()
+    sizes = length[:, None] * length
+    torch.testing.assert_close(found / sizes, expected / sizes, atol=1e-5, rtol=0)
 
 
 def test_any_gauge_gives_the_same_inner_products():

@@ -50,6 +50,7 @@ def register(verbs: Verbs) -> None:
     p.add_argument(
         "--keep-names", action="store_true", help="write the files' names into the space"
     )
+    _add_device(p)
     p.add_argument("-o", "--output", required=True, metavar="SPACE")
     p.set_defaults(run=space)
 
@@ -57,7 +58,16 @@ def register(verbs: Verbs) -> None:
         "compare", help="how much LoRA files are alike, whatever their rank and gauge"
     )
     p.add_argument("loras", nargs="+", metavar="LORA", help="files, or folders")
+    _add_device(p)
     p.set_defaults(run=compare)
+
+
+def _add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--device",
+        default="auto",
+        help="where they are compared: auto (a GPU if there is one), cpu, cuda or cuda:N",
+    )
 
 
 def space(args: argparse.Namespace) -> dict[str, Any]:
@@ -73,7 +83,9 @@ def space(args: argparse.Namespace) -> dict[str, Any]:
         keep_names=args.keep_names,
     )
     weights = dict(_weight(text) for text in args.weight)
-    made, report = fit_delta(members, settings, weights=weights, refused=refused, progress=_tell)
+    made, report = fit_delta(
+        members, settings, weights=weights, refused=refused, progress=_tell, device=args.device
+    )
     size = space_bytes(made)
     print(
         f"writing {args.output}: {len(report.names)} LoRAs in half precision, {size / 1e6:,.1f} MB",
@@ -99,7 +111,7 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     if len(members) < 2:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in refused)
         raise DataError(f"Comparing takes at least two LoRAs. Got {len(members)}. {reasons}")
-    found = compare_members(members, refused=refused, progress=_tell)
+    found = compare_members(members, refused=refused, progress=_tell, device=args.device)
     return comparison_json(found)
 
 

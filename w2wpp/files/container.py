@@ -25,6 +25,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from ..arrays import is_finite
 from ..errors import FormatError, W2WError, WriteError
 from .kinds import SEEN, kind_of_bytes
 from .opened import HeldFile, OpenedFile
@@ -118,7 +119,7 @@ class Container:
         numbers = torch.empty(count, dtype=types.pop())
         if count:
             self.file.read_into(start, _bytes(numbers).numpy().data)
-        return bool(torch.isfinite(numbers).all())
+        return is_finite(numbers)
 
     def require(self, name: str, shape: tuple[int | None, ...], *dtypes: torch.dtype) -> Entry:
         """The entry of a tensor that must exist with this shape (None: any) and such a dtype.
@@ -174,7 +175,7 @@ class Container:
             if length:
                 where = entry.start + number * row + start * width
                 self.file.read_into(where, target[i * length : (i + 1) * length])
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if tensor.is_floating_point() and not is_finite(tensor):
             raise FormatError(f"{self.path}: the tensor '{name}' holds NaN or infinite numbers.")
         return tensor
 
@@ -189,12 +190,9 @@ class Container:
         self.file.read_into(start, stored.numpy().data)
         if tensor.dtype == torch.bool and int(stored.max()) > 1:
             raise FormatError(f"{self.path}: the tensor '{name}' holds something other than flags.")
-        if finite and not self.known_finite and tensor.is_floating_point():
-            numbers = tensor.float() if tensor.dtype.itemsize == 1 else tensor  # fp8
-            if not bool(torch.isfinite(numbers).all()):
-                raise FormatError(
-                    f"{self.path}: the tensor '{name}' holds NaN or infinite numbers."
-                )
+        unsure = finite and not self.known_finite and tensor.is_floating_point()
+        if unsure and not is_finite(tensor):
+            raise FormatError(f"{self.path}: the tensor '{name}' holds NaN or infinite numbers.")
         return tensor
 
 

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..arrays import is_finite
 from ..errors import FormatError
 from .kinds import SEEN, kind_of_bytes
 from .opened import OpenedFile
@@ -85,7 +86,7 @@ def load_tensor(path: str | os.PathLike[str], *, ndim: int, or_flat: bool = Fals
         tensor = tensor[None]
     _require(path, tensor, ndim)
     tensor = tensor.detach().float().clone()
-    if not bool(torch.isfinite(tensor).all()):
+    if not is_finite(tensor):
         raise FormatError(f"{path} holds NaN or infinite numbers. Download or copy it again.")
     return tensor
 
@@ -151,7 +152,7 @@ class Matrix:
         found = torch.from_numpy(values)
         if self.dtype in BITS:
             found = found.view(self.dtype).float()
-        if not bool(torch.isfinite(found).all()):
+        if not is_finite(found):
             raise FormatError(
                 f"{self.path} holds NaN or infinite numbers. Download or copy it again."
             )

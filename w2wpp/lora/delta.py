@@ -12,7 +12,7 @@ QR decompositions of the two stacks and an SVD of what is between them (Eckart &
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +21,9 @@ from torch import Tensor
 from ..errors import DataError
 
 EXACT_RANK = 512  # up to this many stacked ranks, products are taken in double precision as well
-BLOCK = 256  # rows of the stacked factors that are multiplied at a time
+LEAST, MOST = 200, 1024  # rows and columns of the stacked factors that are multiplied at a time
+WHOLE = 1 << 22  # numbers of multiplied-out updates at a time
+THIN = 1.5  # how much longer an operation takes where it makes a large matrix of thin factors
 DIRECT = 384  # smallest side of a stack up to which its SVD is taken as a whole
 INDEPENDENT = 1e-4  # smallest pivot of a factor's root, beside the largest, at which it is used
 OVERSAMPLING, ITERATIONS = 16, 3  # of the subspace iteration beyond that
@@ -52,8 +54,8 @@ Update = Mapping[str, Factors]  # a whole LoRA: {module: its update}; absent is 
 class Stack:
     """Updates of one module from several LoRAs side by side.
 
-    down [R, in], up [out, R], scale [R] in double precision, owner [R]: which of the `count` LoRAs a
-    column belongs to. R is the sum of their ranks; a LoRA without this module owns none.
+    down [R, in], up [out, R]; owner [R] in order: which of the `count` LoRAs a column belongs to; scale [R] in
+    double precision, the owner's. R is the sum of their ranks; a LoRA without this module owns none.
     """
 
     down: Tensor
@@ -66,6 +68,13 @@ class Stack:
     def rank(self) -> int:
         """The sum of the members' ranks."""
         return len(self.owner)
+
+    def to(self, device: torch.device | str) -> Stack:
+        """The same on a device."""
+        down, up, scale, owner = (
+            t.to(device) for t in (self.down, self.up, self.scale, self.owner)
+        )
+        return Stack(down, up, scale, owner, self.count)
 
     def weighted(self, weights: Tensor) -> Factors:
         """sum_i weights_i dW_i for weights [count], exact, of rank R at most; zeros are left out."""
@@ -81,8 +90,9 @@ def stack(factors: Sequence[Factors | None]) -> Stack | None:
     present = [(i, f) for i, f in enumerate(factors) if f is not None and f.rank]
     if not present:
         return None
-    down = torch.cat([f.down.float() for _, f in present])
-    up = torch.cat([f.up.float() for _, f in present], dim=1)
+    # Put side by side first: narrow pieces are slow to convert one by one.
+    down = torch.cat([f.down for _, f in present]).float()
+    up = torch.cat([f.up for _, f in present], dim=1).float()
     ranks = torch.tensor([f.rank for _, f in present])
     scale = torch.tensor([f.scale for _, f in present], dtype=torch.float64)
     owner = torch.tensor([i for i, _ in present])
@@ -93,28 +103,95 @@ def stack(factors: Sequence[Factors | None]) -> Stack | None:
 def inner(first: Stack, second: Stack | None = None) -> Tensor:
     """<dW_i, dW_j> of one module, [first.count, second.count] in double precision.
 
-    With one stack, its own Gram matrix, at half of the cost. Products are summed in double
-    precision; the products themselves are single where stacks are large.
+    With one stack, its own Gram matrix. That has two exact ways, and the one of fewer operations is taken:
+    R^2 (in + out) on the factors as they are, or 2 R in out to multiply them out and 2 N^2 in out on
+    what comes of it. The second is shorter where ranks are large and matrices are not.
+
+    Products are summed in double precision; the products themselves are single where stacks are large.
     """
+    if second is None and _shorter_multiplied_out(first):
+        return _inner_multiplied_out(first)
+    return _inner_of_factors(first, second)
+
+
+def _shorter_multiplied_out(s: Stack) -> bool:
+    size_out, size_in = s.up.shape[0], s.down.shape[1]
+    as_they_are = s.rank**2 * (size_in + size_out)
+    return 2 * size_in * size_out * (THIN * s.rank + s.count**2) < as_they_are
+
+
+def _inner_of_factors(first: Stack, second: Stack | None) -> Tensor:
     other = first if second is None else second
-    exact = max(first.rank, other.rank) <= EXACT_RANK
-    dtype = torch.float64 if exact else torch.float32
-    a, b = first.down.to(dtype), first.up.T.to(dtype)
-    c, d = (a.T, b.T) if second is None else (second.down.T.to(dtype), second.up.to(dtype))
+    dtype = torch.float64 if max(first.rank, other.rank) <= EXACT_RANK else torch.float32
+    a, b = first.down.to(dtype), first.up.to(dtype)
+    c, d = (a, b) if second is None else (second.down.to(dtype), second.up.to(dtype))
     found = torch.zeros(first.count, other.count, dtype=torch.float64, device=a.device)
-    for start in range(0, first.rank, BLOCK):
-        rows = slice(start, start + BLOCK)
-        # Of a symmetric matrix, the blocks left of the diagonal and the one on it are enough.
-        columns = slice(0, start + BLOCK) if second is None else slice(None)
-        product = (a[rows] @ c[:, columns]).mul_(b[rows] @ d[:, columns]).double()
-        product *= first.scale[rows, None] * other.scale[columns]
-        by_owner = _sums(product, first.owner[rows], first.count, 0)
-        part = _sums(by_owner, other.owner[columns], other.count, 1)
-        if second is None and start:
-            left = _sums(by_owner[:, :start], other.owner[:start], other.count, 1)
-            part = part + left.T
-        found += part
-    return found
+    tiles = _tiles(first.rank, other.rank) if second is not None else _triangle(0, first.rank)
+    for rows, columns in tiles:
+        product = (a[rows] @ c[columns].T).mul_(b[:, rows].T @ d[:, columns])
+        (rows_of, sums), (columns_of, other_sums) = (
+            _by_owner(owner, product) for owner in (first.owner[rows], other.owner[columns])
+        )
+        part = sums.double().T @ (product @ other_sums).double()
+        found[rows_of, columns_of] += part
+        if second is None and rows != columns:  # what is on the other side of the diagonal
+            found[columns_of, rows_of] += part.T
+    return found * _by_lora(first)[:, None] * _by_lora(other)
+
+
+def _by_lora(s: Stack) -> Tensor:
+    """Scales [count], zero for a LoRA without the module."""
+    return s.scale.new_zeros(s.count).index_copy_(0, s.owner, s.scale)
+
+
+def _triangle(start: int, stop: int) -> Iterator[tuple[slice, slice]]:
+    """Tiles on the diagonal and to one side of it: what is enough of a symmetric matrix."""
+    if stop - start <= LEAST:
+        yield slice(start, stop), slice(start, stop)
+        return
+    middle = (start + stop) // 2
+    yield from _triangle(start, middle)
+    yield from _triangle(middle, stop)
+    for rows, columns in _tiles(middle - start, stop - middle):
+        yield _moved(rows, start), _moved(columns, middle)
+
+
+def _tiles(height: int, width: int) -> Iterator[tuple[slice, slice]]:
+    for top in range(0, height, MOST):
+        for left in range(0, width, MOST):
+            yield slice(top, min(top + MOST, height)), slice(left, min(left + MOST, width))
+
+
+def _moved(part: slice, by: int) -> slice:
+    return slice(part.start + by, part.stop + by)
+
+
+def _by_owner(owner: Tensor, like: Tensor) -> tuple[slice, Tensor]:
+    """The owners of some columns, and the matrix [columns, owners] that adds up those of each."""
+    start, stop = int(owner[0]), int(owner[-1]) + 1
+    sums = like.new_zeros(len(owner), stop - start)
+    sums.scatter_(1, (owner - start)[:, None], 1.0)
+    return slice(start, stop), sums
+
+
+def _inner_multiplied_out(s: Stack) -> Tensor:
+    """The Gram matrix of a stack by way of its updates themselves, some rows of them at a time."""
+    dtype = torch.float64 if s.rank <= EXACT_RANK else torch.float32
+    a, b = s.down.to(dtype), s.up.to(dtype)
+    owners, ranks = s.owner.unique_consecutive(return_counts=True)
+    downs = a.split(ranks.tolist())
+    step = max(1, WHOLE // (len(owners) * a.shape[1]))
+    between = torch.zeros(len(owners), len(owners), dtype=torch.float64, device=a.device)
+    for rows in b.split(step):
+        built = a.new_empty(len(owners), len(rows), a.shape[1])
+        for update, down, up in zip(built, downs, rows.split(ranks.tolist(), dim=1)):
+            torch.mm(up, down, out=update)
+        flat = built.flatten(1)
+        between += (flat @ flat.T).double()
+    found = between.new_zeros(s.count, s.count)
+    found[owners[:, None], owners] = between
+    scale = _by_lora(s)
+    return found * scale[:, None] * scale
 
 
 def gram(updates: Sequence[Update]) -> Tensor:
@@ -217,9 +294,3 @@ def _leading(f: Factors, rank: int) -> tuple[Tensor, Tensor, Tensor]:
         q = torch.linalg.qr(b @ (a @ p))[0]
     u, s, vt = torch.linalg.svd(((q.T @ b) @ a).double(), full_matrices=False)
     return q.double() @ u, s, vt
-
-
-def _sums(values: Tensor, owner: Tensor, count: int, dim: int) -> Tensor:
-    shape = list(values.shape)
-    shape[dim] = count
-    return values.new_zeros(shape).index_add_(dim, owner, values)

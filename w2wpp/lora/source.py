@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from ..arrays import is_finite
 from ..errors import FormatError
 from ..files.container import Container, open_container
 from ..files.torchfile import load_torch
@@ -40,7 +40,7 @@ class InMemory:
     def read(self, key: str, *, finite: bool = True) -> Tensor:
         """A tensor as it is stored. Raises FormatError for NaN and infinity if `finite`."""
         tensor = self.entries[key].detach().cpu()
-        if finite and not bool(torch.isfinite(tensor).all()):
+        if finite and not is_finite(tensor):
             raise FormatError(f"{self.path}: the tensor '{key}' holds NaN or infinite numbers.")
         return tensor
 
@@ -82,7 +82,7 @@ def read_numbers(source: Source, key: str) -> Tensor:
             "floating-point numbers. A quantised LoRA has to be saved in half precision first."
         )
     tensor = source.read(key, finite=False).float()
-    if not bool(torch.isfinite(tensor).all()):
+    if not is_finite(tensor):
         raise FormatError(f"{source.path}: the tensor '{key}' holds NaN or infinite numbers.")
     return tensor
 

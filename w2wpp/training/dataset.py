@@ -20,6 +20,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from ..arrays import is_finite
 from ..errors import ConfigError, DataError, ResourceError, reading
 from ..files.container import (
     Streamed,
@@ -252,7 +253,7 @@ def check_holdout(identity: Tensor, heldout: Tensor) -> None:
 def _checked(chunk: Tensor, size: int, dtype: torch.dtype = torch.float32) -> Tensor:
     if chunk.ndim != 2 or chunk.shape[1] != size:
         raise DataError(f"Vectors of this layout are [n, {size}]. Got {list(chunk.shape)}.")
-    if not bool(torch.isfinite(chunk).all()):
+    if not is_finite(chunk):
         raise DataError("The vectors hold NaN or infinite numbers; a LoRA's training diverged.")
     if dtype == torch.float16 and bool((chunk.abs() > 65504).any()):
         raise DataError(

@@ -32,6 +32,7 @@ from .collection_report import (
     nearest_pairs,
     outliers,
 )
+from .compute import Compute
 
 USUAL_RANK = 32  # of the LoRAs that come out, if the members' ranks allow it
 MOST_FILES = 2000  # beyond that, a pass over all pairs is no matter of seconds
@@ -175,11 +176,13 @@ def fit_delta(
     weights: Mapping[str, float] | None = None,
     refused: Sequence[tuple[str, str]] = (),
     progress: Progress | None = None,
+    device: torch.device | str = "cpu",
 ) -> tuple[Space, CollectionReport]:
     """A linear space of the members' updates, and how it turned out.
 
     `weights`: how much each member counts in the mean and the components, {name: weight}, one by
-    default. Members that do not fit are left out and reported.
+    default. Members that do not fit are left out and reported. `device`: where inner products are
+    taken; the space is on the CPU.
     """
     settings = settings or CollectionSettings()
     members, whole = ([*members], []) if settings.cut_to else _products(members)
@@ -188,7 +191,7 @@ def fit_delta(
     _require_enough(members, refused)
     collection = collect(members, settings.cut_to)
     layout = collection_layout(collection, _rank(collection, settings))
-    grams = compute_grams(layout, collection, progress)
+    grams = _grams(layout, collection, progress, device)
     empty = [i for i in range(len(members)) if not grams.total[i, i] > 0]
     if empty:
         refused += [(members[i].name, "its update is zero: there is nothing in it") for i in empty]
@@ -197,7 +200,7 @@ def fit_delta(
         _require_enough(members, refused)
         collection = collect(members, settings.cut_to)
         layout = collection_layout(collection, layout.rank)
-        grams = compute_grams(layout, collection, progress)
+        grams = _grams(layout, collection, progress, device)
     left_out = {name for name, _ in refused}
     p = member_weights(members, {n: w for n, w in (weights or {}).items() if n not in left_out})
     mixing, values = delta_components(grams.total, p, settings.components)
@@ -280,16 +283,25 @@ def compare_members(
     *,
     refused: Sequence[tuple[str, str]] = (),
     progress: Progress | None = None,
+    device: torch.device | str = "cpu",
 ) -> Comparison:
-    """Inner products of those that fit together."""
+    """Inner products of those that fit together, taken on the device."""
     members, whole = _products(members)
     members, unfit = fitting(members)
     refused = [*refused, *whole, *unfit]
     _require_enough(members, refused)
     collection = collect(members)
-    grams = compute_grams(collection_layout(collection, 1), collection, progress)
+    grams = _grams(collection_layout(collection, 1), collection, progress, device)
     names = tuple(m.name for m in members)
     return Comparison(collection.family, names, grams.total, tuple(refused))
+
+
+def _grams(
+    layout: Layout, collection: Collection, progress: Progress | None, device: torch.device | str
+) -> Grams:
+    compute = Compute.pick(device, "fp32")
+    with compute.products():
+        return compute_grams(layout, collection, progress, device=compute.device)
 
 
 def member_weights(members: Sequence[Member], weights: Mapping[str, float] | None) -> Tensor:
