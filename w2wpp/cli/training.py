@@ -280,7 +280,11 @@ def fit_start(args: argparse.Namespace) -> dict[str, Any]:
         config=config,
         painted=args.painted,
         scale=args.scale,
-        compute=Compute.pick(args.device, "bf16" if args.precision == "auto" else args.precision),
+        compute=(
+            Compute.mixed(args.device)
+            if args.precision == "auto"
+            else Compute.pick(args.device, args.precision)
+        ),
         callback=log,
     )
     return {"space": str(output), **report}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, ResourceError
+from ..precision import cpu_has_bf16
 
 PRECISIONS = ("fp32", "tf32", "bf16")
 
@@ -42,7 +44,18 @@ class Compute:
         found = _device(device)
         if precision == "auto":
             precision = "tf32" if found.type == "cuda" else "fp32"
+        if precision == "bf16" and not _has_bf16(found):
+            warnings.warn(
+                f"--precision bf16: {found} has no instructions for it and is many times slower than in fp32.",
+                stacklevel=2,
+            )
         return cls(found, precision)
+
+    @classmethod
+    def mixed(cls, device: str | torch.device = "auto") -> Compute:
+        """bf16 where the device multiplies it itself, else fp32: for networks that both precisions train alike."""
+        found = _device(device)
+        return cls(found, "bf16" if _has_bf16(found) else "fp32")
 
     @contextlib.contextmanager
     def products(self) -> Iterator[None]:
@@ -94,6 +107,10 @@ def explained(advice: str) -> Iterator[None]:
         if "can't allocate memory" not in str(e) and "not enough memory" not in str(e):
             raise
         raise ResourceError(f"Out of memory. {advice}") from e
+
+
+def _has_bf16(device: torch.device) -> bool:
+    return torch.cuda.is_bf16_supported() if device.type == "cuda" else cpu_has_bf16()
 
 
 def _device(device: str | torch.device) -> torch.device:

@@ -63,7 +63,7 @@ def train_reader(
     callback: Callable[[str], None] = lambda line: None,
 ) -> StartNetwork:
     """A network that reads labels [L] from pictures; by default trained on the CPU with bf16 products."""
-    compute = compute or Compute(precision="bf16")
+    compute = compute or Compute.mixed("cpu")
     generator = torch.Generator().manual_seed(config.seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)

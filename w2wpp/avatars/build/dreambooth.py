@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ...lora.hooks import loras_applied
 from ...lora.layout import Layout
+from ...precision import quick_products
 from ...training.people import PeopleLoss
 from ..world.base import AvatarBase
 from ..world.renderer import Nuisance, render, sample_nuisance
@@ -62,7 +63,7 @@ def _loss(
 ) -> Tensor:
     """Sum over people of the mean squared error of v: gradients of a person do not depend on how many share a batch."""
     noisy, target = base.add_noise(pictures, noise, timestep)
-    with torch.autocast("cpu", torch.bfloat16), loras_applied(base.unet, layout, weights):
+    with quick_products(), loras_applied(base.unet, layout, weights):
         output = base(noisy, timestep, base.prompt(words))
     return F.mse_loss(output.float(), target) * len(weights)
 

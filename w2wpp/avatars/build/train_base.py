@@ -17,6 +17,7 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from torch import Tensor
 
+from ...precision import quick_products
 from ...rates import warm_cosine
 from ..world.base import AvatarBase
 from ..world.renderer import (
@@ -160,7 +161,7 @@ def _loss(
     timestep = (uniform**current.time_power * 1000).long()
     noisy, target = model.add_noise(batch, noise, timestep)
     share = _share(len(batch))
-    with torch.autocast("cpu", torch.bfloat16):
+    with quick_products():
         output = model(noisy[share], timestep[share], prompt[share])
     return (output.float() - target[share]).square().mean()
 

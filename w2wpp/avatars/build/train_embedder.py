@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...precision import quick_products
 from ...rates import warm_cosine
 from ..world.embedder import AvatarEmbedder
 from ..world.renderer import render, sample_identities, sample_nuisance
@@ -50,7 +51,7 @@ def train_embedder(
         optimiser.param_groups[0]["lr"] = config.learning_rate * rate
         rows = torch.randint(config.pictures, (config.batch,), generator=generator)
         batch = _soften(pictures[rows].float() / 127, config, generator)
-        with torch.autocast("cpu", torch.bfloat16):
+        with quick_products():
             traits, logits, pose = model.read(batch)
         conditions = nuisance[rows]
         loss = F.mse_loss(traits.float(), identity[rows]) + 0.1 * F.mse_loss(

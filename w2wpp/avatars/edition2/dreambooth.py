@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ...lora.hooks import loras_applied
 from ...lora.layout import Layout
+from ...precision import quick_products
 from ...training.people import PeopleLoss
 from .base import AvatarBase
 from .renderer import render
@@ -55,7 +56,7 @@ def people_loss(
     def loss(weights: Tensor, step: int) -> Tensor:
         latents, words, noise, timestep = album.batch(step)
         noisy, target = base.schedule.add_noise(latents, noise, timestep)
-        with torch.autocast("cpu", torch.bfloat16), loras_applied(base.unet, layout, weights):
+        with quick_products(), loras_applied(base.unet, layout, weights):
             output = base(noisy, timestep, base.prompt(words))
         return F.mse_loss(output.float(), target) * len(weights)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from ...diffusion.sampler import sample
 from ...lora.hooks import loras_applied
 from ...lora.layout import Layout
+from ...precision import quick_products
 from .base import AvatarBase
 from .vae import AvatarVae
 
@@ -82,6 +83,5 @@ class Painter:
             empty = base(latents, times, negative).float()
             return empty + self.guidance * (output - empty)
 
-        # bf16 is the fast path of CPUs with matrix units; errors stay far below the pictures' 8 bits.
-        with torch.autocast("cpu", torch.bfloat16), loras_applied(base.unet, layout, vectors):
+        with quick_products(), loras_applied(base.unet, layout, vectors):
             return sample(predict, noise, base.schedule, self.steps)

@@ -20,6 +20,7 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from torch import Tensor
 
+from ...precision import quick_products
 from ...training import checkpoint as files
 from ..build.checkpoint import State, load_run, save_run
 from .base import AvatarBase
@@ -202,7 +203,7 @@ def _loss(
     timestep = (uniform**current.time_power * 1000).long()
     noisy, target = model.schedule.add_noise(batch, noise, timestep)
     share = _share(len(batch))
-    with torch.autocast("cpu", torch.bfloat16):
+    with quick_products():
         output = model(noisy[share], timestep[share], prompt[share])
     return (output.float() - target[share]).square().mean()
 

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...precision import quick_products
 from ..build.checkpoint import State, load_run, save_run
 from .framing import WINDOW, compose, crop, inverse
 from .reader import LOOK_SIZE, PLACEMENT, SECOND_LOOK, AvatarReader
@@ -176,7 +177,7 @@ def _loss(
     settled = placement + 0.25 * spread * unit * normal(count, PLACEMENT)
     face = crop(pictures, settled, LOOK_SIZE, window=WINDOW)
 
-    with torch.autocast("cpu", torch.bfloat16):
+    with quick_products():
         first, second, answers = model.locator(whole), model.locator(again), model.face(face)
     here = present.float()[:, None]
     located = (first["place"].float() - seen).square() + 4 * (

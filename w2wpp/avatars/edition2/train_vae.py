@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...precision import quick_products
 from ..build.checkpoint import State, load_run, save_run
 from .framing import crop
 from .renderer import IMAGE_SIZE, render
@@ -155,7 +156,7 @@ def _loss(
     noise = torch.randn(
         len(batch), 4, batch.shape[2] // 8, batch.shape[3] // 8, generator=generator
     )
-    with torch.autocast("cpu", torch.bfloat16):
+    with quick_products():
         mean, log_variance = (part.float() for part in model.posterior(batch))
         back = model.decode_raw(mean + (0.5 * log_variance).exp() * noise).float()
     squared, absolute = F.mse_loss(back, batch), F.l1_loss(back, batch)

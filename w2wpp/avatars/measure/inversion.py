@@ -13,6 +13,7 @@ from ...inversion import Callback, Recipe, Solution, session
 from ...inversion.checkpoint import digest
 from ...lora.hooks import loras_applied
 from ...lora.layout import Layout
+from ...precision import quick_products
 from ...space import Space
 from ..world.base import AvatarBase
 from ..world.painter import noise_schedule
@@ -30,7 +31,7 @@ class AvatarDenoiser:
 
     def __call__(self, noisy: Tensor, timestep: Tensor, vectors: Tensor) -> Tensor:
         loras = loras_applied(self.base.unet, self.layout, vectors)
-        with torch.autocast("cpu", torch.bfloat16), loras:
+        with quick_products(), loras:
             return self.base(noisy, timestep, self.prompt.expand(len(noisy), -1, -1))
 
     @property

@@ -9,6 +9,7 @@ from ...diffusion.sampler import sample
 from ...diffusion.schedule import NoiseSchedule
 from ...lora.hooks import loras_applied
 from ...lora.layout import Layout
+from ...precision import quick_products
 from .base import AvatarBase
 
 GUIDANCE = 2.0  # the world's default, see benchmarks/results/world.json
@@ -67,6 +68,5 @@ def _paint(
         empty = base(picture, times, negative).float()
         return empty + guidance * (output - empty)
 
-    # bf16 is the fast path of CPUs with matrix units; errors stay far below the pictures' 8 bits.
-    with torch.autocast("cpu", torch.bfloat16), loras_applied(base.unet, layout, vectors):
+    with quick_products(), loras_applied(base.unet, layout, vectors):
         return sample(predict, noise, noise_schedule(base), steps).clamp(-1, 1)
