@@ -4,6 +4,7 @@ from comfy_api.latest import io
 
 from ..w2wpp.lora.write import kohya_tensors
 from .host import patches, tensors
+from .host.model import changes_texts
 from .types import IdentitySocket, LoraSocket, schema
 
 
@@ -47,6 +48,12 @@ class ApplyDecodedLora(io.ComfyNode):
                     tooltip="The point in sampling from which the LoRA acts: 0 is from the start, 1 is never. A "
                     "later start leaves the composition to the model and changes only the face.",
                 ),
+                io.Clip.Input(
+                    "clip",
+                    optional=True,
+                    tooltip="The text encoders, for an identity of a space of text encoders. Other identities leave "
+                    "it as it is.",
+                ),
             ],
             outputs=[
                 io.Model.Output(
@@ -60,14 +67,27 @@ class ApplyDecodedLora(io.ComfyNode):
                     tooltip="The same identity as a LoRA at full strength, for ComfyUI's own Load LoRA Model and "
                     "Save LoRA Weights; one for each person.",
                 ),
+                io.Clip.Output(
+                    display_name="clip",
+                    is_output_list=True,
+                    tooltip="The text encoders that came in, with the identity in them if its space is of text "
+                    "encoders; one for each person.",
+                ),
             ],
         )
 
     @classmethod
-    def execute(cls, model, identity, strength: float, start_percent: float = 0.0) -> io.NodeOutput:
+    def execute(
+        cls, model, identity, strength: float, start_percent: float = 0.0, clip=None
+    ) -> io.NodeOutput:
         layout = identity.space.layout
         with tensors.ordinary_tensors():
             vectors = identity.identity.vectors(identity.space)  # [B, P], all in one pass
             loras = [kohya_tensors(layout.unpack(vector), layout.alpha) for vector in vectors]
-            models = patches.patched_each(model, layout, loras, strength, start_percent)
-        return io.NodeOutput(models, loras)
+            if clip is not None and changes_texts(layout):
+                models = [model] * len(loras)
+                clips = patches.patched_texts_each(clip, layout, loras, strength)
+            else:
+                models = patches.patched_each(model, layout, loras, strength, start_percent)
+                clips = [clip] * len(loras)
+        return io.NodeOutput(models, loras, clips)

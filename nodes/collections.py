@@ -1,29 +1,38 @@
 """Collections of LoRA files: a space of them, and how they compare."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from comfy_api.latest import io, ui
 
 from .. import w2wpp
+from ..w2wpp.lora.collection import Collection
 from ..w2wpp.lora.members import Member, member_of_tensors
 from ..w2wpp.mixtures import members as members_of
 from ..w2wpp.spacefile import space_bytes
 from ..w2wpp.training.collection_report import map_positions
 from ..w2wpp.training.fit_delta import (
     CollectionSettings,
+    collection_layout,
     compare_members,
     fit_delta,
     open_members,
 )
+from ..w2wpp.training.module_weights import module_weights
 from .host import folders, tensors
-from .host.plan import device_for_sums
+from .host.denoiser import denoiser
+from .host.model import noise_schedule
+from .host.pictures import given_latents
+from .host.plan import device_for_sums, plan_run
 from .host.progress import steps_shown
 from .likeness import draw_map, draw_matrix
 from .types import IdentitySocket, LoraSocket, People, SpaceSocket, advanced, schema
 
 NO_FOLDER = "none"
+AT_ONCE = 4  # pictures, each with a LoRA of its own, when modules are weighed
 FOLDER_TIP = (
     "A folder of LoRA files in models/loras/, with its subfolders; or the examples that ship. 'none' if the files are "
     "listed below or connected."
@@ -90,6 +99,30 @@ class SpaceFromLoras(io.ComfyNode):
                     optional=True,
                     tooltip="LoRAs from other nodes, as many as there are; they join the files.",
                 ),
+                io.Boolean.Input(
+                    "text_encoders",
+                    default=False,
+                    optional=True,
+                    tooltip="Make the space of what the files change in the text encoders instead, with coefficients "
+                    "of its own. W2W++ Apply Decoded LoRA adds such an identity to a CLIP.",
+                    **advanced(),
+                ),
+                io.Model.Input(
+                    "model",
+                    optional=True,
+                    tooltip="With positive and latent: the model that the LoRAs are for, which then says how much a "
+                    "change of each module matters. Without, every module counts alike.",
+                ),
+                io.Conditioning.Input(
+                    "positive",
+                    optional=True,
+                    tooltip="What the model is asked for meanwhile: one prompt.",
+                ),
+                io.Latent.Input(
+                    "latent",
+                    optional=True,
+                    tooltip="Pictures of what the LoRAs show, from VAE Encode; a few are enough.",
+                ),
             ],
             outputs=[
                 SpaceSocket.Output(display_name="space", tooltip="The space of the LoRAs."),
@@ -116,7 +149,18 @@ class SpaceFromLoras(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, folder, files, save_as, rank, components, cut, loras: Sequence | None = None
+        cls,
+        folder,
+        files,
+        save_as,
+        rank,
+        components,
+        cut,
+        loras: Sequence | None = None,
+        text_encoders=False,
+        model=None,
+        positive=None,
+        latent=None,
     ) -> io.NodeOutput:
         target = folders.new_space_file(_one(save_as)) if _one(save_as).strip() else None
         settings = CollectionSettings(
@@ -125,8 +169,11 @@ class SpaceFromLoras(io.ComfyNode):
             cut_to=_one(cut) or None,
             name=target.stem if target else "my LoRAs",
         )
+        probed = _Probed.of(model, positive, latent, cls.hidden.unique_id)
         with tensors.ordinary_tensors():
-            members, weights, refused = _members(_one(folder), _one(files), loras)
+            members, weights, refused = _members(
+                _one(folder), _one(files), loras, text_encoders=_one(text_encoders)
+            )
             progress = steps_shown(cls.hidden.unique_id, "comparing module")
             space, report = fit_delta(
                 members,
@@ -135,6 +182,7 @@ class SpaceFromLoras(io.ComfyNode):
                 refused=refused,
                 progress=progress,
                 device=device_for_sums(),
+                weigh=probed,
             )
             text = str(report)
             if target:
@@ -143,6 +191,46 @@ class SpaceFromLoras(io.ComfyNode):
                 space = w2wpp.load_space(target)
             people = People(members_of(space), space)
         return io.NodeOutput(space, people, text, ui=ui.PreviewText(text))
+
+
+@dataclass(frozen=True)
+class _Probed:
+    """How much each module of a collection matters to a model, under a prompt and on pictures."""
+
+    model: Any
+    positive: list
+    latent: dict
+    node: str
+
+    @classmethod
+    def of(cls, model: Any, positive: Any, latent: Any, node: str) -> "_Probed | None":
+        """From the inputs as they came; none if nothing is connected."""
+        given = {"model": _one(model), "positive": _one(positive), "latent": _one(latent)}
+        missing = [name for name, value in given.items() if value is None]
+        if len(missing) == len(given):
+            return None
+        if missing:
+            raise w2wpp.ConfigError(
+                f"To weigh modules by what a model makes of them, connect {' and '.join(missing)} as well; or none of "
+                f"{', '.join(given)}."
+            )
+        return cls(**given, node=node)
+
+    def __call__(self, collection: Collection) -> torch.Tensor:
+        layout = collection_layout(collection, int(collection.ranks.max()))
+        pictures = given_latents(self.model, self.latent)
+        plan = plan_run(self.model, (AT_ONCE, *pictures.shape[1:]), gradients=True)
+        with denoiser(self.model, layout, self.positive, plan) as denoise:
+            return module_weights(
+                denoise,
+                noise_schedule(self.model),
+                pictures.to(plan.device),
+                collection,
+                layout,
+                batch=plan.rows,
+                generator=torch.Generator().manual_seed(0),
+                callback=steps_shown(self.node, "weighing modules, row"),
+            )
 
 
 class CompareLoras(io.ComfyNode):
@@ -223,7 +311,7 @@ def _sources() -> list:
 
 
 def _members(
-    folder: str, files: str, loras: Sequence | None
+    folder: str, files: str, loras: Sequence | None, *, text_encoders: bool = False
 ) -> tuple[list[Member], dict[str, float], list[tuple[str, str]]]:
     """The LoRAs meant by the inputs, their weights by name, and what is no LoRA, with the reason."""
     paths = _paths(folder, files)
@@ -231,12 +319,13 @@ def _members(
     members, weights, refused = [], {}, []
     for name, path in paths.items():
         weight, title = given.get(name, (1.0, ""))
-        opened, odd = open_members([path], [title or Path(name).with_suffix("").as_posix()])
+        title = title or Path(name).with_suffix("").as_posix()
+        opened, odd = open_members([path], [title], text_encoders=text_encoders)
         members += opened
         refused += odd
         weights |= {m.name: weight for m in opened}
     for i, lora in enumerate(loras or (), start=1):
-        members.append(member_of_tensors(lora, f"connected {i}"))
+        members.append(member_of_tensors(lora, f"connected {i}", text_encoders=text_encoders))
     return members, weights, refused
 
 

@@ -14,7 +14,7 @@ from ..w2wpp.imports.w2w import LICENCE, TRIGGER_PROMPT
 from ..w2wpp.imports.w2w_space import hold_out, w2w_basis, w2w_coefficients
 from ..w2wpp.space import SpaceBasis
 from ..w2wpp.spacefile import space_bytes
-from ..w2wpp.training.basis_job import SpanError
+from ..w2wpp.training.basis_job import FittedBasis, SpanError
 from ..w2wpp.training.coefficients import Coefficients
 from ..w2wpp.training.dataset import VectorDataset, holdout_by_identity
 from ..w2wpp.training.fit_basis import fit_coefficients
@@ -26,6 +26,7 @@ from .curve import draw_curve
 from .host import folders, learnable, tensors
 from .host.blocking import nothing_because
 from .host.progress import steps_shown, tell
+from .host.unfinished import Unfinished
 from .likeness import draw_map
 from .types import (
     DatasetSocket,
@@ -220,8 +221,11 @@ class FitSpace(io.ComfyNode):
         node = cls.hidden.unique_id
         target = folders.new_space_file(save_as) if save_as.strip() else None
         share = None if held_out < 0 else held_out
+        work = Unfinished(save_as)
         with tensors.ordinary_tensors():
-            material = _material(source, dataset, components, share, METRICS[count_by], seed, node)
+            material = _material(
+                source, dataset, components, share, METRICS[count_by], seed, node, work
+            )
             facts = {
                 **material.facts,
                 "name": target.stem if target else "my people",
@@ -242,21 +246,31 @@ class FitSpace(io.ComfyNode):
                     seed=seed,
                     validation=w2wpp.VaeTraining.validation if learning >= FEW else 0.0,
                 )
-                with torch.enable_grad():
-                    space = w2wpp.fit_vae(
+
+                def fit(checkpoint: Path) -> w2wpp.Space:
+                    return w2wpp.fit_vae(
                         material.rows,
                         material.basis,
                         training,
+                        checkpoint=checkpoint,
                         callback=_epochs_shown(node),
                         provenance=facts,
+                    )
+
+                with torch.enable_grad():
+                    space = work.run(
+                        "vae", [repr(training), material.rows.values, material.rows.identity], fit
                     )
             if prior == FLOW:
                 space = with_flow(space, material.rows)
             text = _report(space, material, kind)
+            if work.taken_up:
+                text += "\ntaken up where it was stopped"
             if target:
                 w2wpp.save_space(space, target)
                 space = w2wpp.load_space(target)
                 text += f"\nsaved as {target.name}, {space_bytes(space) / 1e6:,.1f} MB"
+            work.done()
             people = _people(space, material)
             plots = _plots(space, people)
         given = people or nothing_because("Official files hold no single people's LoRAs.")
@@ -282,6 +296,7 @@ def _material(
     metric: str,
     seed: int,
     node: str,
+    work: Unfinished,
 ) -> _Material:
     if (source == CONNECTED) != (dataset is not None):
         raise w2wpp.ConfigError(
@@ -305,13 +320,27 @@ def _material(
         raise w2wpp.ConfigError(
             f"{len(data.training_rows)} people support at most {most} components. Got {components}; 0 takes all."
         )
-    options: dict[str, Any] = {"metric": metric, "callback": _lines_shown(node)}
+
+    def fit(count: int) -> FittedBasis:
+        options: dict[str, Any] = {"metric": metric, "callback": _lines_shown(node)}
+        what = [
+            count,
+            metric,
+            len(data),
+            data.heldout,
+            data.identity,
+            data.vectors([0, len(data) - 1]),
+        ]
+        return work.run(
+            "basis", what, lambda path: fit_coefficients(data, count, checkpoint=path, **options)
+        )
+
     try:
-        fitted = fit_coefficients(data, count, **options)
+        fitted = fit(count)
     except SpanError as e:  # people who are the same, or nearly
         if components or not e.span:
             raise
-        fitted = fit_coefficients(data, e.span, **options)
+        fitted = fit(e.span)
     facts = {
         "trigger_prompt": str(data.provenance.get("trigger_prompt", "")),
         "made_from": "LoRAs of people",

@@ -21,6 +21,7 @@ from w2wpp import (
 )
 from w2wpp.delta_basis import compute_grams
 from w2wpp.encode_delta import as_member
+from w2wpp.export import export_lora
 from w2wpp.files.container import open_container
 from w2wpp.lora.collection import collect, members_of
 from w2wpp.lora.delta import Factors, Stack, cut
@@ -170,6 +171,80 @@ def test_a_module_without_room_on_the_device_is_compared_on_the_cpu(loras, built
     grams = compute_grams(collection_layout(collection, 4), collection, device="cuda:7")
     torch.testing.assert_close(grams.total, built @ built.T)
     assert moved == ["cuda:7"] * len(SIZES)
+
+
+TEXT = "text_encoder.text_model.encoder.layers.{}.self_attn.q_proj"
+
+
+def with_texts(loras):
+    """{name: tensors} of LoRAs that change text encoders as well, and {name: that part}."""
+    g, tensors, parts = generator(8), {}, {}
+    for i, (name, update) in enumerate(loras.items()):
+        texts = {
+            TEXT.format(layer): Factors(
+                half(torch.randn(2, 24, generator=g)), half(torch.randn(24, 2, generator=g)), 0.5
+            )
+            for layer in range(2 if i else 1)
+        }
+        parts[name] = texts
+        tensors[name] = {}
+        for module, f in update.items():
+            tensors[name][f"unet.{module}.lora_A.weight"] = f.down
+            tensors[name][f"unet.{module}.lora_B.weight"] = f.up * f.scale
+        for module, f in texts.items():
+            key = module if i % 2 else "lora_te_" + module.partition(".")[2].replace(".", "_")
+            tensors[name][f"{key}.lora_down.weight"] = f.down
+            tensors[name][f"{key}.lora_up.weight"] = f.up
+            tensors[name][f"{key}.alpha"] = torch.tensor(1.0)
+    return tensors, parts
+
+
+def test_text_encoders_make_a_space_of_their_own(loras, built, tmp_path):
+    tensors, parts = with_texts(loras)
+    members = [member_of_tensors(t, name, text_encoders=True) for name, t in tensors.items()]
+    space, report = fit_delta(members, CollectionSettings(rank=16))
+    assert [m.name for m in space.layout.modules] == [TEXT.format(0), TEXT.format(1)]
+    assert space.base_model == "sd15"  # by the modules of the model beside them
+    assert report.text_encoders and f"{len(loras)} files also change the model itself" in str(
+        report
+    )
+    own = torch.stack(
+        [
+            torch.cat(
+                [
+                    u[TEXT.format(i)].dense().flatten()
+                    if TEXT.format(i) in u
+                    else torch.zeros(24 * 24).double()
+                    for i in range(2)
+                ]
+            )
+            for u in parts.values()
+        ]
+    )
+    torch.testing.assert_close(space.basis.grams.total, own @ own.T)
+    plain, _ = fit_delta([member_of_tensors(t, name) for name, t in tensors.items()])
+    torch.testing.assert_close(plain.basis.grams.total, built @ built.T)  # nothing of them
+
+    save_file(tensors["file 3"], tmp_path / "3.safetensors")
+    for lora in (tensors["file 3"], tmp_path / "3.safetensors"):
+        identity, encoded = encode_lora(space, lora)
+        assert encoded.explained == pytest.approx(1.0, abs=1e-5)
+        assert f"{len(loras['file 3'])} modules of the diffusion model left out" in str(encoded)
+    with pytest.raises(ConfigError, match="read without its text encoders"):
+        encode_lora(space, lora_of_tensors(tensors["file 3"]))
+    with pytest.raises(FormatError, match="changes no text encoder"):
+        member_of_tensors(
+            {k: v for k, v in tensors["file 3"].items() if k.startswith("unet")},
+            text_encoders=True,
+        )
+    for format, key in (("kohya", "lora_te_text_model"), ("diffusers", "text_encoder.text_model")):
+        path = tmp_path / f"{format}.safetensors"
+        export_lora(identity, space, path, format=format)
+        assert all(k.startswith(key) for k in open_container(path).entries)
+        back = encode_lora(space, path)[0]
+        torch.testing.assert_close(back.z, identity.z, atol=1e-4, rtol=0)
+    with pytest.raises(ConfigError, match="adapter is of one model"):
+        export_lora(identity, space, tmp_path / "adapter", format="peft")
 
 
 def test_latents_are_standardised_over_the_members(made):

@@ -8,6 +8,8 @@ G [N, N] their Gram matrix. PCA needs no more than G (kernel PCA, Schoelkopf et 
     V_k = sum_i p_i^1/2 U_ik (dW_i - mean) / L_k^1/2        principal updates, orthonormal
     c_k = <dW - mean, V_k> / s_k,  s_k = (L_k n / (n - 1))^1/2,  n = 1 / sum_i p_i^2
 
+Inner products are sums over modules, each with a weight: one, or what the model makes of a change there.
+
 So a point of the space is a combination of the members whose weights sum to one,
 
     dW = mean + sum_k c_k s_k V_k = sum_i a_i dW_i,  a = p + c Q,  Q [K, N]
@@ -84,8 +86,13 @@ class DeltaBasis:
         weights: Tensor,
         mixing: Tensor,
         singular_values: Tensor,
+        module_weights: Tensor | None = None,
     ) -> None:
         self.layout, self.stacks, self._grams = layout, stacks, grams
+        ones = torch.ones(len(layout.modules), dtype=torch.float64)
+        self.module_weights = (
+            ones if module_weights is None else module_weights.double().cpu()
+        )  # [M]
         self.size, self.n_components = layout.size, len(mixing)  # P, K
         self.weights, self.mixing = weights.double(), mixing.double()  # p [N], Q [K, N]
         self.singular_values = singular_values.float()  # [K]
@@ -101,7 +108,7 @@ class DeltaBasis:
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy: the factors themselves, read now, in place of their files."""
-        names = ("layout", "weights", "mixing", "singular_values")
+        names = ("layout", "weights", "mixing", "singular_values", "module_weights")
         stacks = [self.stack(i) for i in range(len(self.layout.modules))]
         state = {name: getattr(self, name) for name in names}
         return {**state, "grams": self.grams, "stacks": _Held(stacks, self.stacks.ranks)}
@@ -155,7 +162,7 @@ class DeltaBasis:
             rows = [self._factors(row, i, down, up) for row in w.detach()]
             together = stack(rows)
             if together is not None:
-                found += inner(together, self.stack(i))
+                found += float(self.module_weights[i]) * inner(together, self.stack(i))
         return self.coefficients(found).float()
 
     def products(self, read: Callable[[int], Factors | None]) -> Products:
@@ -165,9 +172,9 @@ class DeltaBasis:
         for i, module in enumerate(self.layout.modules):
             together = stack([read(i)])
             if together is not None:
-                block = self.block_names[module.name]
-                with_members[block] += inner(together, self.stack(i))[0].cpu()
-                own[block] += float(inner(together))
+                block, weight = self.block_names[module.name], float(self.module_weights[i])
+                with_members[block] += weight * inner(together, self.stack(i))[0].cpu()
+                own[block] += weight * float(inner(together))
         return Products(with_members, own)
 
     def lift(self, c: Array) -> Tensor:
@@ -196,7 +203,8 @@ class DeltaBasis:
         whole = ((a @ self.grams.total) * a).sum(1)
         held = torch.zeros(len(w), dtype=torch.float64)
         for i, (_, down, up) in enumerate(self.layout.slices()):
-            held += torch.tensor([square_norm(self._factors(row, i, down, up)) for row in w])
+            squares = [square_norm(self._factors(row, i, down, up)) for row in w]
+            held += float(self.module_weights[i]) * torch.tensor(squares)
         return torch.where(whole > 0, held / whole, 1.0).clamp(max=1.0)
 
     def standardise(self, difference: Tensor) -> Tensor:
@@ -236,7 +244,9 @@ class DeltaBasis:
         """What decides the coordinates; the members' factors are apart, in `bulk`."""
         grams = self.grams
         by_block = torch.stack([grams.blocks[b] for b in self._block_list()])
+        weighted = not bool((self.module_weights == 1).all())
         return {
+            **({"module_weights": self.module_weights} if weighted else {}),
             "gram": grams.total,
             "gram_blocks": by_block,
             "scales": grams.scales,
@@ -294,6 +304,12 @@ class DeltaBasis:
         file.require("basis.weights", (n,), double)
         file.require("basis.mixing", (k, n), double)
         file.require("basis.singular_values", (k,), *single)
+        weights = None
+        if "basis.module_weights" in file:
+            file.require("basis.module_weights", (m,), double)
+            weights = file.read("basis.module_weights")
+            if not bool((weights >= 0).all()):
+                raise FormatError(f"{file.path}: weights of modules are not negative.")
         stacks = _FileStacks(file, layout)
         values = file.read("basis.singular_values").float()
         if not bool((values > 0).all()):
@@ -312,6 +328,7 @@ class DeltaBasis:
             weights=file.read("basis.weights"),
             mixing=file.read("basis.mixing"),
             singular_values=values,
+            module_weights=weights,
         )
 
     def _block_list(self) -> list[str]:
@@ -331,6 +348,7 @@ class DeltaBasis:
             weights=self.weights,
             mixing=self.mixing,
             singular_values=self.singular_values,
+            module_weights=self.module_weights,
         )
         basis._kept, basis._keeps = self._kept, self._keeps
         return basis
@@ -343,6 +361,7 @@ class DeltaBasis:
             weights=self.weights,
             mixing=mixing,
             singular_values=values,
+            module_weights=self.module_weights,
         )
 
     def _factors(self, w: Tensor, module: int, down: slice, up: slice) -> Factors:
@@ -454,8 +473,11 @@ def compute_grams(
     progress: Callable[[int, int], None] | None = None,
     *,
     device: torch.device | str = "cpu",
+    module_weights: Tensor | None = None,
 ) -> Grams:
     """Inner products of all members, reading each module once, the next one while one is multiplied.
+
+    `module_weights` [M]: how much each module counts, one by default.
 
     `progress(done, of)` may raise. Products are taken on the device, which has to know double precision, of modules
     that it has no room for on the CPU; the results are on the CPU.
@@ -470,6 +492,8 @@ def compute_grams(
     for i, found in enumerate(_read_ahead(stacks, len(modules))):
         if found is not None:
             part = _inner_on(device, found)
+            if module_weights is not None:
+                part *= float(module_weights[i])
             total += part
             by_block[named[modules[i].name]] += part
             scales[i].index_copy_(0, found.owner, found.scale)

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from .delta_basis import DeltaBasis, Products
-from .errors import DataError, FormatError, LayoutMismatch
+from .errors import ConfigError, DataError, FormatError, LayoutMismatch
 from .identity import Identity
 from .lora.delta import Factors, square_norm
-from .lora.families import Shape
+from .lora.families import Shape, of_text_encoders
 from .lora.files import LoraFile
 from .lora.layout import Layout
 from .lora.members import (
@@ -44,9 +44,10 @@ class DeltaReport:
     outside: float  # share of |dW|^2 in modules that no member has
     ignored_modules: tuple[str, ...]
     missing_modules: tuple[str, ...]  # the space's that the LoRA does not have: taken as no update
-    text_encoder_modules: int
+    text_encoder_modules: int  # left out; of a space of text encoders, the modules of the model
     unread_tensors: tuple[str, ...]
     gauge: str = "none needed"
+    of_texts: bool = False  # whether the space is of text encoders
 
     @property
     def update_error(self) -> float:
@@ -78,7 +79,8 @@ class DeltaReport:
         if self.missing_modules:
             text += f", {len(self.missing_modules)} modules missing, taken as unchanged"
         if self.text_encoder_modules:
-            text += f", {self.text_encoder_modules} modules of text encoders left out"
+            whose = "the diffusion model" if self.of_texts else "text encoders"
+            text += f", {self.text_encoder_modules} modules of {whose} left out"
         return text + f"; error of the update {self.update_error:.1%}"
 
 
@@ -94,7 +96,8 @@ def encode_update(
     """
     basis = space.basis
     assert isinstance(basis, DeltaBasis)
-    member = as_member(lora)
+    texts = of_text_encoders(m.name for m in space.layout.modules)
+    member = as_member(lora, text_encoders=texts)
     shapes = layout_shapes(space.layout)
     member, found, rest = fitted(member, shapes)
     if not found:
@@ -121,15 +124,26 @@ def encode_update(
     return identity, _report(basis, products, reached, member, rest, missing)
 
 
-def as_member(lora: str | os.PathLike[str] | LoraFile | Mapping[str, Tensor] | Member) -> Member:
-    """A LoRA in any form (file, {key: tensor}, member) as a member of a collection."""
+def as_member(
+    lora: str | os.PathLike[str] | LoraFile | Mapping[str, Tensor] | Member,
+    *,
+    text_encoders: bool = False,
+) -> Member:
+    """A LoRA in any form (file, {key: tensor}, member) as a member of a collection, of models or of text encoders.
+
+    Raises ConfigError for the text encoders of a LoRA that was read without them.
+    """
     if isinstance(lora, Member):
         return lora
     if isinstance(lora, LoraFile):
+        if text_encoders:
+            raise ConfigError(
+                f"{lora.name} was read without its text encoders, and the space is of these. Give its path."
+            )
         return _member_of_file(lora)
     if isinstance(lora, Mapping):
-        return member_of_tensors(lora)
-    return open_member(lora)
+        return member_of_tensors(lora, text_encoders=text_encoders)
+    return open_member(lora, text_encoders=text_encoders)
 
 
 def layout_shapes(layout: Layout) -> dict[str, Shape]:
@@ -187,6 +201,7 @@ def _report(
         missing_modules=missing,
         text_encoder_modules=member.apart,
         unread_tensors=member.unread,
+        of_texts=of_text_encoders(m.name for m in basis.layout.modules),
     )
 
 

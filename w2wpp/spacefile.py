@@ -5,8 +5,8 @@ and provenance.
                       fingerprint; start and frame if there are any)
     basis.*           mean, std [P]; components [K, P] half precision; singular_values [K]   (none for an affine
                       basis; of a delta basis, version 2: gram [N, N], gram_blocks, ranks, scales [M, N], weights [N],
-                      mixing [K, N], singular_values [K], and delta.<module>.down [R, in] and .up [R, out], half
-                      precision, all members side by side)
+                      mixing [K, N], singular_values [K], module_weights [M] where they are not one, and
+                      delta.<module>.down [R, in] and .up [R, out], half precision, all members side by side)
     codec.*           the codec's parameters, under their own names
     prior.*           mean, std [d]
     direction.<name>  [d]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ...w2wpp import Layout, LinearSchedule, NoiseSchedule
 from ...w2wpp.errors import ConfigError, LayoutMismatch
-from ...w2wpp.lora.families import join_key
+from ...w2wpp.lora.families import join_key, of_text_encoders
 from ...w2wpp.lora.hooks import Site
 
 PREFIX = "diffusion_model."
@@ -30,7 +30,44 @@ def check_fit(model: Any, layout: Layout) -> dict[str, Target]:
     weights which rows.
     """
     known = {join_key(name): target for name, target in _host_keys(model).items()}
-    weights = model.model.state_dict()
+    if changes_texts(layout):
+        raise ConfigError(
+            "This identity's space is of text encoders: it changes a CLIP, not a MODEL. Connect 'clip' to W2W++ Apply "
+            "Decoded LoRA, or use a space of the model itself."
+        )
+    found, wrong = _placed(layout, known, model.model.state_dict())
+    if wrong:
+        raise LayoutMismatch(
+            f"This identity needs a model of the family {layout.base_model!r} ({len(layout.modules)} weights of the "
+            f"layout {layout.name!r}), but the model is {model_name(model)}: {wrong}. Connect the model that the space "
+            "was learned on."
+        )
+    return found
+
+
+def check_fit_of_texts(clip: Any, layout: Layout) -> dict[str, Target]:
+    """The same for a layout of text encoders in a CLIP of the host's."""
+    host = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, {})
+    known = {join_key(name): target for name, target in host.items()}
+    found, wrong = _placed(layout, known, clip.cond_stage_model.state_dict())
+    if wrong:
+        raise LayoutMismatch(
+            f"This identity needs the text encoders of the family {layout.base_model!r} ({len(layout.modules)} "
+            f"weights), but the CLIP is a {type(clip.cond_stage_model).__name__}: {wrong}. Connect the CLIP of the "
+            "checkpoint that the LoRAs are for."
+        )
+    return found
+
+
+def changes_texts(layout: Layout) -> bool:
+    """Whether a layout's modules are those of text encoders."""
+    return of_text_encoders(m.name for m in layout.modules)
+
+
+def _placed(
+    layout: Layout, known: Mapping[str, Target], weights: dict[str, Tensor]
+) -> tuple[dict[str, Target], str]:
+    """The host's weight for every module, and in words, if anything, what is wrong."""
     found: dict[str, Target] = {}
     missing = misshapen = 0
     for module in layout.modules:
@@ -41,13 +78,10 @@ def check_fit(model: Any, layout: Layout) -> dict[str, Target]:
             misshapen += 1
         else:
             found[module.name] = target
-    if missing or misshapen:
-        raise LayoutMismatch(
-            f"This identity needs a model of the family {layout.base_model!r} ({len(layout.modules)} weights of the "
-            f"layout {layout.name!r}), but the model is {model_name(model)}: {missing} of them are missing and "
-            f"{misshapen} have another shape. Connect the model that the space was learned on."
-        )
-    return found
+    wrong = missing or misshapen
+    return found, (
+        f"{missing} of them are missing and {misshapen} have another shape" if wrong else ""
+    )
 
 
 def _host_keys(model: Any) -> dict[str, Target]:

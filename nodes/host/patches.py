@@ -13,8 +13,8 @@ import torch
 
 from ...w2wpp import Layout
 from ...w2wpp.errors import LayoutMismatch, check_finite
-from ...w2wpp.lora.families import lora_key
-from .model import Target, check_fit, model_name, place_of
+from ...w2wpp.lora.families import lora_keys
+from .model import Target, check_fit, check_fit_of_texts, place_of
 
 
 def patched_each(
@@ -31,8 +31,22 @@ def patched_each(
     ``start`` the LoRAs only act from that share of the sampling on.
     """
     check_finite("Applying a LoRA", strength=strength, start=start)
-    keys = {lora_key(name): key for name, key in check_fit(model, layout).items()}
+    keys = _by_key(check_fit(model, layout))
     return [_patched(model, keys, layout, dict(lora), strength, start) for lora in loras]
+
+
+def patched_texts_each(
+    clip: Any, layout: Layout, loras: Sequence[Mapping[str, torch.Tensor]], strength: float
+) -> list[Any]:
+    """The same for LoRAs of text encoders and a CLIP, which is asked once, before the sampling."""
+    check_finite("Applying a LoRA", strength=strength)
+    keys = _by_key(check_fit_of_texts(clip, layout))
+    return [_patched(clip, keys, layout, dict(lora), strength, 0.0) for lora in loras]
+
+
+def _by_key(targets: Mapping[str, Target]) -> dict[str, Target]:
+    keys = lora_keys(targets)
+    return {keys[name]: target for name, target in targets.items()}
 
 
 def _patched(
@@ -52,8 +66,7 @@ def _patched(
     )
     if len(added) != len(layout.modules):
         raise LayoutMismatch(
-            f"{model_name(model)} took {len(added)} of the {len(layout.modules)} LoRA weights of the layout "
-            f"{layout.name!r}"
+            f"The host took {len(added)} of the {len(layout.modules)} LoRA weights of the layout {layout.name!r}"
         )
     return copy
 

@@ -42,6 +42,19 @@ def picture_latents(
     return latents, weights.to(latents.device)
 
 
+def given_latents(model: Any, latent: dict[str, Any]) -> Tensor:
+    """A LATENT of the host's as the model sees it, [n, C, h, w]."""
+    base, samples = model.model, latent["samples"]
+    channels, dimensions = base.latent_format.latent_channels, 5 if has_frames(base) else 4
+    if samples.ndim != dimensions or samples.shape[1] != channels:
+        raise ConfigError(
+            f"{model_name(model)} works on latents of {channels} channels; this LATENT is {list(samples.shape)}. "
+            "Encode pictures with the VAE that belongs to the model."
+        )
+    found = base.process_latent_in(samples.clone()).float()
+    return found[:, :, 0] if has_frames(base) else found
+
+
 def painted_pictures(model: Any, vae: Any, latents: Tensor) -> Tensor | None:
     """Latents [n, C, h, w] as the UNet sees them, decoded: [n, 3, H, W] in [-1, 1]; none where the VAE does not give
     pictures."""

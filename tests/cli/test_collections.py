@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from w2wpp import load_identity, load_lora, load_space, save_lora
 from w2wpp.lora.delta import Factors, gram
@@ -70,6 +71,23 @@ def test_compare_is_gauge_free_and_agrees_with_the_updates(run, folder):
         row = torch.tensor(found["cosines"][name]).double()
         torch.testing.assert_close(row, expected[i], atol=2e-4, rtol=0)
     assert set(found["map"]) == set(found["names"])
+
+
+def test_text_encoders_apart(run, folder, tmp_path):
+    code, _, told = run("space", folder, "-o", "texts.safetensors", "--text-encoders")
+    assert code == 1 and "changes no text encoder" in told
+    g, key = torch.Generator().manual_seed(0), "lora_te_text_model_encoder_layers_0_mlp_fc1"
+    ups, downs = torch.randn(3, 8, 2, generator=g), torch.randn(3, 2, 4, generator=g)
+    for i in range(3):
+        path = folder / f"{i}.safetensors"
+        tensors = {**load_file(path), f"{key}.lora_down.weight": downs[i]}
+        save_file({**tensors, f"{key}.lora_up.weight": ups[i].contiguous()}, path)
+    code, made, _ = run("space", folder, "-o", "texts.safetensors", "--text-encoders")
+    assert code == 0 and (made["files"], made["modules"], len(made["did_not_fit"])) == (3, 1, 8)
+    code, found, _ = run("compare", folder, "--text-encoders")
+    products = (ups @ downs).flatten(1)
+    expected = products[0] @ products[1] / products[0].norm() / products[1].norm()
+    assert code == 0 and found["cosines"]["0"][1] == pytest.approx(float(expected), abs=2e-3)
 
 
 def test_weights_cut_and_names(run, folder):

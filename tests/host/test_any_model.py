@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from w2wpp import load_identity
+from w2wpp import load_identity, load_space
 
 from .graphs import Graph, Link
 from .server import REPO, Host, PromptFailed, find_host
@@ -123,6 +123,28 @@ def test_a_planted_lora_is_found_again(host: Host, family: str) -> None:
         for name in ("planted", "found")
     )
     assert (z_found - z).norm() < 0.35 * z.norm(), (z, z_found)
+
+
+@pytest.mark.parametrize("family", ["SDXL", "Flux"])
+def test_a_model_says_which_modules_of_a_collection_matter(host: Host, family: str) -> None:
+    folder = f"weighed-{family}"
+    write_collection(host.base / "models" / "loras" / folder, family)
+    graph = FamilyGraph(host, family)
+    base = graph.model()
+    latent = graph.add("VAEEncode", pixels=graph.image, vae=[base, 2])
+    common = {"folder": folder, "files": "", "rank": 16, "components": 0, "cut": 0}
+    asked = {"model": [base, 0], "positive": [base, 1], "latent": [latent, 0]}
+    made = graph.add("W2WPP_SpaceFromLoras", save_as=f"weighed-{family}", **common, **asked)
+    report = host.run(graph.nodes).outputs[made]["text"][0]
+    assert "modules count by how much their change changes what the model gives" in report
+    space = load_space(host.base / "models" / "w2wpp" / f"weighed-{family}.safetensors")
+    weights = space.basis.module_weights
+    assert (weights > 0.09).all() and weights.max() > 1.2 * weights.min()
+
+    without = graph.add("W2WPP_SpaceFromLoras", save_as="", **common, model=[base, 0])
+    graph.add("PreviewAny", source=[without, 2])
+    with pytest.raises(PromptFailed, match="connect positive and latent as well"):
+        host.run(graph.nodes)
 
 
 def state(host: Host, graph: FamilyGraph, base: str) -> dict:

@@ -132,6 +132,91 @@ def test_a_mixture_lands_exactly_in_every_family(host: Host, family: str) -> Non
         torch.testing.assert_close(theirs[name], mine[name], atol=1e-6, rtol=0)
 
 
+# Weights of the small SDXL text encoders [out, in]: (diffusers' name, the host's).
+TEXTS = {
+    "text_encoder.text_model.encoder.layers.0.self_attn.q_proj": (32, 32),
+    "text_encoder.text_model.encoder.layers.1.mlp.fc1": (64, 32),
+    "text_encoder_2.text_model.encoder.layers.1.self_attn.out_proj": (48, 48),
+}
+
+
+def host_name(name: str) -> str:
+    encoder, rest = name.split(".", 1)
+    return f"clip_{'g' if encoder.endswith('2') else 'l'}.transformer.{rest}.weight"
+
+
+def write_with_texts(folder: Path) -> list[dict[str, torch.Tensor]]:
+    """Three LoRAs of SDXL and its text encoders; the updates of these by the host's names."""
+    write_collection(folder, "SDXL")
+    g, updates = torch.Generator().manual_seed(5), []
+    for i, path in enumerate(sorted(folder.glob("*.safetensors"))):
+        tensors, update = load_file(path), {}
+        for name, (size_out, size_in) in TEXTS.items():
+            a = torch.randn(2, size_in, generator=g).half().float()
+            b = torch.randn(size_out, 2, generator=g).half().float()
+            update[host_name(name)] = 0.5 * b @ a
+            if i < 2:
+                key = name.replace("text_encoder_2.", "lora_te2.").replace(
+                    "text_encoder.", "lora_te1."
+                )
+                key = key.replace(".", "_")
+                tensors[f"{key}.lora_down.weight"], tensors[f"{key}.lora_up.weight"] = a, b
+                tensors[f"{key}.alpha"] = torch.tensor(1.0)
+            else:
+                tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = a, 0.5 * b
+        save_file(tensors, path)
+        updates.append(update)
+    return updates
+
+
+def test_text_encoders_have_a_space_of_their_own_that_lands_in_a_clip(host: Host) -> None:
+    updates = write_with_texts(host.base / "models" / "loras" / "texts")
+    graph = Graph()
+    model: Link = [graph.add("Probe_ReducedModel", family="SDXL"), 0]
+    clip: Link = [graph.add("Probe_Texts"), 0]
+    made, drawn = mixture(graph, "texts", text_encoders=True)
+    applied = graph.add(
+        "W2WPP_ApplyDecodedLora", model=model, identity=drawn, strength=0.8, clip=clip
+    )
+    _, of_model = mixture(graph, "texts")
+    untouched = graph.add(
+        "W2WPP_ApplyDecodedLora", model=model, identity=of_model, strength=0.8, clip=clip
+    )
+    graph.add("W2WPP_SaveIdentity", identity=drawn, filename_prefix="mix-texts")
+    for name, link in (("bare", clip), ("mine", [applied, 2]), ("same", [untouched, 2])):
+        graph.add("Probe_TextWeights", clip=link, file=f"texts-{name}.safetensors")
+    dump(graph, model, "texts-model.safetensors")
+    dump(graph, [applied, 0], "texts-model-applied.safetensors")
+    report = host.run(graph.nodes).outputs[made]["text"][0]
+    assert "3 LoRAs for sdxl, their text encoders: 3 modules" in report
+    assert "3 files also change the model itself" in report
+    (saved,) = (host.output / "w2wpp").glob("mix-texts*.safetensors")
+    shares = told(saved)["weights"][0]
+    files = ("bare", "mine", "same", "model", "model-applied")
+    bare, mine, same, before, after = (
+        load_file(host.output / f"texts-{name}.safetensors") for name in files
+    )
+    assert {n for n in bare if not torch.equal(bare[n], mine[n])} == set(updates[0])
+    for name in updates[0]:
+        delta = sum(s * u[name] for s, u in zip(shares, updates))
+        torch.testing.assert_close(mine[name], bare[name] + 0.8 * delta, atol=1e-4, rtol=1e-4)
+    assert all(torch.equal(bare[n], same[n]) for n in bare)
+    assert all(torch.equal(before[n], after[n]) for n in before)
+
+
+def test_an_identity_of_text_encoders_asks_for_a_clip_that_fits(host: Host) -> None:
+    write_with_texts(host.base / "models" / "loras" / "texts")
+    graph = Graph()
+    model: Link = [graph.add("Probe_ReducedModel", family="SDXL"), 0]
+    _, drawn = mixture(graph, "texts", text_encoders=True)
+    graph.add(
+        "PreviewAny",
+        source=[graph.add("W2WPP_ApplyDecodedLora", model=model, identity=drawn, strength=1.0), 0],
+    )
+    with pytest.raises(PromptFailed, match="changes a CLIP, not a MODEL"):
+        host.run(graph.nodes)
+
+
 def told(path: Path) -> dict:
     raw = path.read_bytes()
     header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])

@@ -210,6 +210,30 @@ def test_a_vae_is_fitted_to_official_coefficients(host: Host, official: dict) ->
     assert "for non-commercial, academic use only" in outputs[info]["text"][0]
 
 
+def test_a_space_whose_fit_was_interrupted_is_the_same(host: Host, trained: str) -> None:
+    source = "test people/dataset.safetensors (data set)"
+    how = {"source": source, "kind": "VAE (w2w++)", "epochs": 1500, "latent": 2}
+    fit(graph := Graph(), save_as="stopped", **how)
+    models = host.base / "models" / "w2wpp"
+    number = host.post("/prompt", {"prompt": graph.nodes})["prompt_id"]
+    deadline = time.monotonic() + 300
+    while not list((models / "stopped").glob("vae-*.unfinished")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    host.post("/interrupt", {})
+    messages = [kind for kind, _ in host.wait(number)["status"]["messages"]]
+    assert "execution_interrupted" in messages and not (models / "stopped.safetensors").exists()
+    # Other settings begin anew, and leave what was stopped alone.
+    other = fit(graph := Graph(), save_as="stopped", **how | {"epochs": 30})
+    assert "taken up" not in host.run(graph.nodes).outputs[other]["text"][0]
+    again = fit(graph := Graph(), save_as="stopped", **how)
+    assert "taken up where it was stopped" in host.run(graph.nodes).outputs[again]["text"][0]
+    assert not (models / "stopped").exists()
+    at_once = fit(graph := Graph(), save_as="at once", **how)
+    assert "taken up" not in host.run(graph.nodes).outputs[at_once]["text"][0]
+    stopped, whole = (w2wpp.load_space(models / f"{n}.safetensors") for n in ("stopped", "at once"))
+    assert stopped.fingerprint == whole.fingerprint
+
+
 @pytest.mark.parametrize(
     "change, message",
     [

@@ -7,7 +7,16 @@ from safetensors.torch import save_file
 from w2wpp import FormatError
 from w2wpp.lora.collection import collect
 from w2wpp.lora.delta import Factors, inner
-from w2wpp.lora.families import Shape, blocks, join_key, lora_key, module_name, recognise, split
+from w2wpp.lora.families import (
+    Shape,
+    blocks,
+    join_key,
+    lora_key,
+    lora_keys,
+    module_name,
+    recognise,
+    split,
+)
 from w2wpp.lora.members import fitted, member_of_tensors, open_member, read_fitted
 from w2wpp.training.collection_report import cosines
 
@@ -40,6 +49,56 @@ def test_spellings(spelled, name):
     assert join_key(lora_key(name)) == join_key(name)
 
 
+@pytest.mark.parametrize(
+    "spelled, name, alone, beside",
+    [
+        (
+            "lora_te_text_model_encoder_layers_11_self_attn_q_proj",
+            "text_encoder.text_model.encoder.layers.11.self_attn.q_proj",
+            "lora_te_text_model_encoder_layers_11_self_attn_q_proj",
+            "lora_te1_text_model_encoder_layers_11_self_attn_q_proj",
+        ),
+        (
+            "base_model.model.text_encoder.text_model.encoder.layers.0.mlp.fc2",
+            "text_encoder.text_model.encoder.layers.0.mlp.fc2",
+            "lora_te_text_model_encoder_layers_0_mlp_fc2",
+            "lora_te1_text_model_encoder_layers_0_mlp_fc2",
+        ),
+        (
+            "lora_te2_text_model_encoder_layers_31_self_attn_out_proj",
+            "text_encoder_2.text_model.encoder.layers.31.self_attn.out_proj",
+            "lora_te2_text_model_encoder_layers_31_self_attn_out_proj",
+            "lora_te2_text_model_encoder_layers_31_self_attn_out_proj",
+        ),
+        (
+            "text_encoders.clip_g.transformer.text_model.encoder.layers.3.mlp.fc1",
+            "text_encoder_2.text_model.encoder.layers.3.mlp.fc1",
+            "lora_te2_text_model_encoder_layers_3_mlp_fc1",
+            "lora_te2_text_model_encoder_layers_3_mlp_fc1",
+        ),
+        (
+            "lora_te3_encoder_block_0_layer_0_SelfAttention_q",
+            "lora_te3_encoder_block_0_layer_0_SelfAttention_q",
+            "lora_te3_encoder_block_0_layer_0_SelfAttention_q",
+            "lora_te3_encoder_block_0_layer_0_SelfAttention_q",
+        ),
+    ],
+)
+def test_spellings_of_text_encoders(spelled, name, alone, beside):
+    assert module_name(spelled) == name
+    assert lora_keys([name])[name] == alone
+    second = "text_encoder_2.text_model.encoder.layers.0.self_attn.k_proj"
+    assert lora_keys([name, second])[name] == beside
+    assert join_key(alone) == join_key(beside) == join_key(name)
+
+
+def test_blocks_of_text_encoders():
+    layers = [f"text_encoder_2.text_model.encoder.layers.{i}.mlp.fc1" for i in range(32)]
+    found = blocks(["text_encoder.text_model.encoder.layers.3.mlp.fc1", *layers])
+    assert found[layers[9]] == "text_encoder_2.text_model.encoder.layers.8-15"
+    assert len(set(found.values())) == 5
+
+
 def shapes(*rows):
     return {name: Shape(*size) for name, *size in rows}
 
@@ -53,6 +112,9 @@ def shapes(*rows):
         ("sdxl", shapes(("mid_block.attentions.0.transformer_blocks.7.attn1.to_q", 1280, 1280))),
         ("sd15 or sd2", shapes(("up_blocks.3.attentions.0.transformer_blocks.0.attn1.to_q", 320, 320))),
         ("sd15", shapes(("down_blocks.0.attentions.0.proj_in", 320, 320, (1, 1)))),
+        ("sdxl", shapes(("text_encoder_2.text_model.encoder.layers.3.mlp.fc1", 1280, 5120))),
+        ("sd2", shapes(("text_encoder.text_model.encoder.layers.3.self_attn.q_proj", 1024, 1024))),
+        ("unknown", shapes(("text_encoder.text_model.encoder.layers.3.self_attn.q_proj", 768, 768))),
         ("sd3", shapes(("joint_blocks_0_x_block_attn_qkv", 1536, 4608))),
         ("sd3", shapes(("transformer_blocks.3.attn.to_q", 2432, 2432))),
         ("flux", shapes(("double_blocks_0_img_attn_qkv", 3072, 9216))),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +49,7 @@ def register(verbs: Verbs) -> None:
     p.add_argument(
         "--keep-names", action="store_true", help="write the files' names into the space"
     )
-    _add_device(p)
+    _add_common(p)
     p.add_argument("-o", "--output", required=True, metavar="SPACE")
     p.set_defaults(run=space)
 
@@ -58,11 +57,16 @@ def register(verbs: Verbs) -> None:
         "compare", help="how much LoRA files are alike, whatever their rank and gauge"
     )
     p.add_argument("loras", nargs="+", metavar="LORA", help="files, or folders")
-    _add_device(p)
+    _add_common(p)
     p.set_defaults(run=compare)
 
 
-def _add_device(parser: argparse.ArgumentParser) -> None:
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--text-encoders",
+        action="store_true",
+        help="what the files change in text encoders, apart from the model, with coefficients of its own",
+    )
     parser.add_argument(
         "--device",
         default="auto",
@@ -72,7 +76,7 @@ def _add_device(parser: argparse.ArgumentParser) -> None:
 
 def space(args: argparse.Namespace) -> dict[str, Any]:
     """`w2wpp space`"""
-    members, refused = _members(args.loras)
+    members, refused = _members(args)
     settings = CollectionSettings(
         rank=args.rank,
         components=args.components,
@@ -107,7 +111,7 @@ def space(args: argparse.Namespace) -> dict[str, Any]:
 
 def compare(args: argparse.Namespace) -> dict[str, Any]:
     """`w2wpp compare`"""
-    members, refused = _members(args.loras)
+    members, refused = _members(args)
     if len(members) < 2:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in refused)
         raise DataError(f"Comparing takes at least two LoRAs. Got {len(members)}. {reasons}")
@@ -136,8 +140,8 @@ def comparison_json(found: Comparison) -> dict[str, Any]:
     }
 
 
-def _members(paths: Sequence[str]) -> tuple[list[Member], list[tuple[str, str]]]:
-    return open_members(lora_files(paths))
+def _members(args: argparse.Namespace) -> tuple[list[Member], list[tuple[str, str]]]:
+    return open_members(lora_files(args.loras), text_encoders=args.text_encoders)
 
 
 def _weight(text: str) -> tuple[str, float]:

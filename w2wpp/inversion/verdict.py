@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..commands import command
 from ..errors import ConfigError, DataError
 from ..evidence import NAMES, agreement_of, evidence, table
 from ..start_network import StartNetwork
@@ -20,10 +21,6 @@ VERSION = 1
 LIMIT = 4.0  # stds beyond which evidence says no more; as in training.fit_verdict
 GOOD = "This picture shows a face that the space can express."
 SOMEBODY_ELSE = "Painted again, the person found does not look like the one in the picture."
-UNKNOWN = (
-    "How far this answer can be trusted is not known: the space has no start network that was taught to judge. W2W++ "
-    "Train Start Network or `w2wpp fit-start` makes one."
-)
 
 
 @dataclass(frozen=True)
@@ -178,7 +175,7 @@ def judge(
             return Verdict(0.0, "No face was found.", True, told)
         if gain is not None and gain <= 0:
             return Verdict(0.0, _explains_nothing(gain), True, told)
-        return Verdict(None, UNKNOWN, False, told)
+        return Verdict(None, _unknown(), False, told)
     mask = framed.weights if framed.weighted else None
     found = evidence(start, framed.pictures, mask)
     sure = float(calibration(found).mean())
@@ -233,3 +230,10 @@ def _why(calibration: Calibration, told: Mapping[str, float]) -> str:
         if (side == "low" and told[name] < low) or (side == "high" and told[name] > high):
             return sentence
     return "Nothing alone is odd, but together it is unlike pictures that could be answered well."
+
+
+def _unknown() -> str:
+    return (
+        "How far this answer can be trusted is not known: the space has no start network that was taught to judge. "
+        f"W2W++ Train Start Network makes one, or the command '{command('fit-start')}'."
+    )

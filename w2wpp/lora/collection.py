@@ -91,6 +91,10 @@ class Collection:
         """The M modules, sorted."""
         return list(self.shapes)
 
+    def read(self, member: int, name: str) -> Factors | None:
+        """One module of one member, as a space keeps it; None where it lacks the module."""
+        return self._read(self.members[member], name)
+
     def factors(self, module: int) -> list[Factors | None]:
         """A module of every member; None where a member lacks it."""
         name = self.names[module]
@@ -191,7 +195,9 @@ def _difference(f: Factors, g: Factors) -> Factors:
     return Factors(down, up)
 
 
-def members_of(loras: Mapping[str, Mapping[str, Factors]]) -> list[Member]:
+def members_of(
+    loras: Mapping[str, Mapping[str, Factors]], *, text_encoders: bool = False
+) -> list[Member]:
     """Members made of factors in memory, {name: {module: update}}; for tests and other code."""
     found = []
     for name, update in loras.items():
@@ -200,5 +206,5 @@ def members_of(loras: Mapping[str, Mapping[str, Factors]]) -> list[Member]:
             tensors[f"{module}.lora_A.weight"] = f.down
             tensors[f"{module}.lora_B.weight"] = f.up
             tensors[f"{module}.alpha"] = torch.tensor(f.scale * f.rank)
-        found.append(member_of_tensors(tensors, name))
+        found.append(member_of_tensors(tensors, name, text_encoders=text_encoders))
     return found

@@ -27,6 +27,13 @@ TEXT = re.compile(
     r"(lora_te|lora_prior_te|text_encoder|te\d?[._]|clip_[lgh]|t5xxl|cond_stage|text_model)"
 )
 
+# CLIP's layers, as kohya, diffusers and the host spell them, and which encoder of the model they are of.
+_CLIP = re.compile(
+    r"(?:lora_te(?P<kohya>\d?)_|text_encoder(?:_(?P<diffusers>\d))?\.|(?:text_encoders\.)?clip_(?P<host>[lg])\.(?:transformer\.)?)"
+    r"text_model[._]encoder[._]layers[._](?P<layer>\d+)[._]"
+    r"(?P<part>self_attn[._](?:q|k|v|out)_proj|mlp[._]fc[12])"
+)
+
 # Names of diffusers' models that hold an underscore themselves.
 _COMPOUND = sorted(
     """down_blocks up_blocks mid_block transformer_blocks single_transformer_blocks conv_in conv_out
@@ -89,6 +96,8 @@ _LONE = {
 
 def module_name(spelled: str) -> str:
     """A module as a key of a file or of a host spells it -> its plain name, with dots where they are known."""
+    if is_of_text_encoder(spelled):
+        return _text_name(spelled.removeprefix("base_model.model."))
     name, before = spelled.replace(".processor.", "."), ""
     while name != before:
         before = name
@@ -126,8 +135,40 @@ def is_of_text_encoder(key: str) -> bool:
     return bool(TEXT.match(key.removeprefix("base_model.model.")))
 
 
+def of_text_encoders(modules: Iterable[str]) -> bool:
+    """Whether modules are those of text encoders, which never mix with a diffusion model's."""
+    return all(map(is_of_text_encoder, modules))
+
+
+def _text_name(spelled: str) -> str:
+    """A text encoder's module as diffusers calls it, if it is one of CLIP; others stay as they are."""
+    m = _CLIP.fullmatch(spelled)
+    if m is None:
+        return spelled
+    second = "2" in (m["kohya"], m["diffusers"]) or m["host"] == "g"
+    part = re.sub(r"^(self_attn|mlp)[._]", r"\1.", m["part"])
+    encoder = "text_encoder_2" if second else "text_encoder"
+    return f"{encoder}.text_model.encoder.layers.{m['layer']}.{part}"
+
+
+def lora_keys(modules: Iterable[str]) -> dict[str, str]:
+    """{module: key in a LoRA file, up to its last part} of one LoRA, as ComfyUI and most tools map it."""
+    modules = list(modules)
+    several = any(m.startswith("text_encoder_2.") for m in modules)
+    return {m: _text_key(m, several) if is_of_text_encoder(m) else lora_key(m) for m in modules}
+
+
+def _text_key(module: str, several: bool) -> str:
+    """kohya's key of one of CLIP's modules, where a first encoder has a number only beside a second one."""
+    m = _CLIP.fullmatch(module)
+    if m is None:
+        return module
+    number = m["diffusers"] or ("1" if several else "")
+    return f"lora_te{number}_" + module.partition(".")[2].replace(".", "_")
+
+
 def lora_key(module: str) -> str:
-    """The key of a module in a LoRA file, up to its last part, as ComfyUI and most tools map it.
+    """The key of a diffusion model's module in a LoRA file, up to its last part.
 
     Diffusers' names of transformers are known with dots only, everything else also in kohya's way.
     """
@@ -215,6 +256,10 @@ class Shape:
 def recognise(shapes: Mapping[str, Shape]) -> str:
     """The family of base models that modules of these names and shapes are of."""
     names = {name.replace(".", "_"): shape for name, shape in shapes.items()}
+    if any(n.startswith("text_encoder_2_text_model") for n in names):
+        return "sdxl"
+    if _widths(names, r"text_encoder_text_model_.+_[qkv]_proj") == {1024}:
+        return "sd2"
     if any(n.startswith(("down_blocks_", "up_blocks_", "mid_block_")) for n in names):
         return _unet_family(names)
     single = any(n.startswith(("single_blocks_", "single_transformer_blocks_")) for n in names)
@@ -287,7 +332,7 @@ def blocks(modules: Iterable[str]) -> dict[str, str]:
     found: dict[str, tuple[str, int]] = {}
     counts: dict[str, int] = {}
     for name in modules:
-        m = re.match(r"(.+?)[._](\d+)(?=[._]|$)", name)
+        m = re.match(r"(text_encoder_2\.\D+?|.+?)[._](\d+)(?=[._]|$)", name)
         found[name] = (m[1], int(m[2])) if m else (name.split(".")[0], -1)
         counts[found[name][0]] = max(counts.get(found[name][0], 0), found[name][1] + 1)
     named = {}

@@ -110,14 +110,18 @@ class Member:
     name: str
     file: Tensors
     modules: Mapping[str, Source]
-    apart: int = 0  # modules of text encoders
+    apart: int = (
+        0  # modules of text encoders, or of the model where those of text encoders are meant
+    )
     unread: tuple[str, ...] = ()  # keys that are no update of a weight: biases, norms
     metadata: Mapping[str, str] = field(default_factory=dict)
+    told: str = UNKNOWN  # the base model that the modules apart belong to
 
     @property
     def family(self) -> str:
         """The base model that its modules belong to."""
         found = recognise({name: s.shape for name, s in self.modules.items()})
+        found = self.told if found == UNKNOWN else found
         return self.metadata.get("w2wpp.base_model", UNKNOWN) if found == UNKNOWN else found
 
     @property
@@ -152,31 +156,36 @@ class Member:
         return replace(self, modules=modules)
 
 
-def open_member(path: str | os.PathLike[str], name: str = "") -> Member:
-    """A LoRA file, checked by its header; only the numbers alpha are read."""
+def open_member(
+    path: str | os.PathLike[str], name: str = "", *, text_encoders: bool = False
+) -> Member:
+    """A LoRA file, checked by its header; only the numbers alpha are read.
+
+    Its modules are those of the diffusion model, or those of text encoders alone.
+    """
     # Let go of: a collection is of more files than may be open at once.
     with open_source(path) as file:
-        return _member(file, name or Path(path).stem)
+        return _member(file, name or Path(path).stem, text_encoders)
 
 
-def member_of_tensors(tensors: Mapping[str, Tensor], name: str = "this LoRA") -> Member:
+def member_of_tensors(
+    tensors: Mapping[str, Tensor], name: str = "this LoRA", *, text_encoders: bool = False
+) -> Member:
     """The same of {key: tensor} in memory."""
-    return _member(InMemory(Path(name), tensors), name)
+    return _member(InMemory(Path(name), tensors), name, text_encoders)
 
 
-def _member(file: Tensors, name: str) -> Member:
-    found, alphas, apart, unread = _sorted_keys(file)
+def _member(file: Tensors, name: str, text_encoders: bool) -> Member:
+    found, alphas, apart, unread = _sorted_keys(file, text_encoders)
     if not found:
-        more = f"; {apart} modules of text encoders are not a space's business" if apart else ""
-        raise FormatError(
-            f"{file.path} holds no LoRA of a diffusion model in a known spelling (first key: "
-            f"{next(iter(file.entries), 'none')}){more}."
-        )
-    stated = stated_by(file)
+        raise FormatError(_nothing_in(file, len(apart), text_encoders))
+    components = ("text_encoder", "text_encoder_2") if text_encoders else ("unet",)
+    stated = {c: stated_by(file, c) for c in components}
     modules: dict[str, Source] = {}
     for module, keys in found.items():
         alpha = alphas.get(join_key(module))
-        scale = stated.of(module) if alpha is None else Scale(alpha)
+        of_component = stated.get(module.partition(".")[0], stated[components[0]])
+        scale = of_component.of(module) if alpha is None else Scale(alpha)
         pair = keys.keys() <= {"down", "up"}
         modules[module] = (_pair if pair else _built)(file, module, keys, scale)
     spelled: dict[str, str] = {}
@@ -184,19 +193,32 @@ def _member(file: Tensors, name: str) -> Member:
         if other := spelled.get(join_key(module)):
             raise FormatError(f"{file.path} holds {module} twice, also as {other}. Split it first.")
         spelled[join_key(module)] = module
-    return Member(name, file, modules, apart, tuple(unread), dict(file.metadata))
+    told = recognise(apart) if text_encoders else UNKNOWN
+    return Member(name, file, modules, len(apart), tuple(unread), dict(file.metadata), told)
+
+
+def _nothing_in(file: Tensors, apart: int, text_encoders: bool) -> str:
+    first = next(iter(file.entries), "none")
+    if text_encoders:
+        return (
+            f"{file.path} changes no text encoder in a known spelling (first key: {first}); what it changes of the "
+            "diffusion model makes a space without that option."
+        )
+    more = f"; {apart} modules of text encoders make a space of their own" if apart else ""
+    return f"{file.path} holds no LoRA of a diffusion model in a known spelling (first key: {first}){more}."
 
 
 def _sorted_keys(
-    file: Tensors,
-) -> tuple[dict[str, dict[str, str]], dict[str, float], int, list[str]]:
-    """{module: {part: key}}, {joined module: alpha}, modules of text encoders, other keys."""
+    file: Tensors, text_encoders: bool
+) -> tuple[dict[str, dict[str, str]], dict[str, float], dict[str, Shape], list[str]]:
+    """{module: {part: key}}, {joined module: alpha}, {module apart: shape as far as it is known}, other keys."""
     found: dict[str, dict[str, str]] = {}
     alphas: dict[str, float] = {}
-    texts, unread = set(), []
-    for key in file.entries:
-        if is_of_text_encoder(key):
-            texts.add(key.split(".lora", 1)[0].split(".alpha", 1)[0])
+    apart: dict[str, Shape] = {}
+    unread = []
+    for key, entry in file.entries.items():
+        if is_of_text_encoder(key) != text_encoders:
+            _set_apart(apart, key, tuple(entry.shape))
             continue
         if key.endswith(".alpha"):
             alphas[join_key(key.removesuffix(".alpha"))] = _number(file, key)
@@ -215,7 +237,20 @@ def _sorted_keys(
                 f"{file.path}: {raw} appears twice; the file holds more than one LoRA. Split it first."
             )
         parts[part] = key
-    return found, alphas, len(texts), unread
+    return found, alphas, apart, unread
+
+
+def _set_apart(apart: dict[str, Shape], key: str, shape: tuple[int, ...]) -> None:
+    """Counts a module that is not meant, with the sizes that tell its base model where A and B have them."""
+    m = _PART.fullmatch(key)
+    name = module_name(m["module"] if m else key.split(".lora", 1)[0].split(".alpha", 1)[0])
+    before = apart.setdefault(name, Shape(0, 0))
+    if m and len(shape) >= 2:
+        part = m["kohya"] or m["peft"] or m["older"]
+        if part in ("down", "A"):
+            apart[name] = replace(before, size_in=shape[1] * math.prod(shape[2:]), kernel=shape[2:])
+        else:
+            apart[name] = replace(before, size_out=shape[0])
 
 
 def _built(file: Tensors, module: str, keys: Mapping[str, str], scale: Scale) -> Source:

@@ -50,10 +50,10 @@ class Stated:
         )
 
 
-def stated_by(source: Source) -> Stated:
-    """What the file's metadata or the configuration beside it say."""
+def stated_by(source: Source, component: str = "unet") -> Stated:
+    """What the file's metadata or the configuration beside it say of a model's component."""
     if DIFFUSERS in source.metadata:
-        return _of_diffusers(source)
+        return _of_diffusers(source, component)
     alpha = stated_number(source, "lora_alpha")
     if alpha is not None:
         return Stated(alpha, where="metadata")
@@ -86,11 +86,11 @@ def stated_number(source: Source, key: str) -> float | None:
     return number
 
 
-def _of_diffusers(source: Source) -> Stated:
+def _of_diffusers(source: Source, component: str) -> Stated:
     where = f"{source.path}: {DIFFUSERS}"
     config = _table(where, parse_json(source.metadata[DIFFUSERS], where))
     # By component, as an adapter of PEFT, or of a model by itself.
-    for prefix in ("unet.", "base_model.model.", ""):
+    for prefix in (f"{component}.", "base_model.model.", ""):
         ours = {k.removeprefix(prefix): v for k, v in config.items() if k.startswith(prefix)}
         if "r" in ours or "lora_alpha" in ours:
             break

@@ -25,7 +25,7 @@ from torch import Tensor
 from ..errors import ConfigError, FormatError
 from ..files.container import write_container
 from ..files.writing import replacing
-from .families import lora_key
+from .families import lora_keys, of_text_encoders
 from .stated import DIFFUSERS, FOLDED
 
 FORMATS = ("kohya", "diffusers", "peft")
@@ -39,9 +39,9 @@ NOT_LOADED_BY = {
 
 def kohya_tensors(lora: Mapping[str, tuple[Tensor, Tensor]], alpha: float) -> dict[str, Tensor]:
     """{key: tensor} in kohya's spelling, which is also what ComfyUI's LORA_MODEL sockets carry."""
-    tensors = {}
+    tensors, keys = {}, lora_keys(lora)
     for name, (a, b) in lora.items():
-        key = lora_key(name)
+        key = keys[name]
         tensors[f"{key}.lora_down.weight"] = a.contiguous()
         tensors[f"{key}.lora_up.weight"] = b.contiguous()
         tensors[f"{key}.alpha"] = torch.tensor(float(alpha))
@@ -115,13 +115,20 @@ def _write_diffusers(
         texts[FOLDED] = repr(alpha / _usual(ranks))
     # Scale 1 in every module: alpha is the rank.
     config = _adapter_config(ranks, {n: float(r) for n, r in ranks.items()})
-    texts[DIFFUSERS] = json.dumps({f"unet.{k}": v for k, v in config.items()}, sort_keys=True)
-    write_container(path, _peft_tensors(folded, "unet."), metadata=texts)
+    # Names of text encoders say which one they are of.
+    texts_only = of_text_encoders(lora)
+    prefix, component = ("", "text_encoder.") if texts_only else ("unet.", "unet.")
+    texts[DIFFUSERS] = json.dumps({component + k: v for k, v in config.items()}, sort_keys=True)
+    write_container(path, _peft_tensors(folded, prefix), metadata=texts)
 
 
 def _write_peft(
     lora: Mapping[str, tuple[Tensor, Tensor]], folder: Path, alpha: float, texts: dict[str, str]
 ) -> None:
+    if of_text_encoders(lora):
+        raise ConfigError(
+            "A PEFT adapter is of one model, and this LoRA is of text encoders. Write kohya or diffusers."
+        )
     if folder.exists() and not folder.is_dir():
         raise ConfigError(
             f"{folder} is a file; a PEFT adapter is a folder with {ADAPTER} and adapter_config.json. "

@@ -18,6 +18,10 @@ FORMAT = "w2wpp.checkpoint"
 EVERY = 30.0  # seconds between two saves of a long computation
 
 
+class OtherRun(ConfigError):
+    """A checkpoint is not of the run that it was to continue."""
+
+
 def save_checkpoint(
     path: str | os.PathLike[str],
     run: str,
@@ -34,7 +38,7 @@ def load_checkpoint(
     """(tensors, numbers) of a run; refuses the checkpoint of another one."""
     with open_container(path, FORMAT) as file:
         if file.config.get("run") != run:
-            raise ConfigError(
+            raise OtherRun(
                 f"{path} is the checkpoint of a training with other settings or data. Delete it or "
                 "name another file."
             )

@@ -86,7 +86,9 @@ class CollectionReport:
     copies: tuple[tuple[str, str, float], ...]  # and how much stronger the first is
     outliers: tuple[tuple[str, str], ...]
     refused: tuple[tuple[str, str], ...]  # file and reason
-    apart: int = 0  # files that also hold a text encoder's modules
+    apart: int = 0  # files that also hold modules of text encoders, or of the model beside these
+    text_encoders: bool = False  # whether it is a space of text encoders
+    weighed: bool = False  # whether modules count by what the model makes of them
     unread: int = 0  # tensors that are no update of a weight
     rounding: float = (
         0.0  # |difference| / |dW| between what the files hold and what the space keeps
@@ -120,8 +122,9 @@ class CollectionReport:
             "explained_variance": [round(v, 4) for v in self.explained],
             "held_out_share": round(_average(self.held_out), 4),
             "mean_lora_share": round(_average(self.mean_only), 4),
-            "files_with_text_encoder": self.apart,
+            "files_with_text_encoder": len(self.names) if self.text_encoders else self.apart,
             "tensors_not_read": self.unread,
+            "modules_weighed_by": "the model's output" if self.weighed else "nothing",
             "rounding_error": round(self.rounding, 6),
             "expectation": self.expectation,
             "each": {
@@ -142,7 +145,8 @@ class CollectionReport:
     def __str__(self) -> str:
         ranks = ", ".join(map(str, self.ranks))
         lines = [
-            f"{len(self.names)} LoRAs for {self.family}: {self.modules} modules, rank {ranks}; "
+            f"{len(self.names)} LoRAs for {self.family}"
+            f"{', their text encoders' if self.text_encoders else ''}: {self.modules} modules, rank {ranks}; "
             f"{self.components} components",
             "variance explained by the first components: "
             + ", ".join(f"{k}: {self.explained[k - 1]:.0%}" for k in _steps(len(self.explained))),
@@ -152,9 +156,12 @@ class CollectionReport:
         lines += [f"copies: {a} is {b}, at {c:.3g} times its strength" for a, b, c in self.copies]
         lines += [f"outlier: {name}, {reason}" for name, reason in self.outliers]
         lines += [f"did not fit: {name}: {reason}" for name, reason in self.refused]
+        if self.weighed:
+            lines.append("modules count by how much their change changes what the model gives")
         if self.apart:
+            also = "the model itself" if self.text_encoders else "the text encoder"
             lines.append(
-                f"{self.apart} files also change the text encoder; that part is kept apart and is not in the space"
+                f"{self.apart} files also change {also}; that part is kept apart and is not in the space"
             )
         if self.unread:
             lines.append(f"{self.unread} tensors are no update of a weight and were left out")

@@ -18,7 +18,7 @@ from ..delta_basis import DeltaBasis, Grams, compute_grams, delta_components
 from ..errors import ConfigError, DataError, W2WError
 from ..files.writing import is_leftover
 from ..lora.collection import Collection, collect
-from ..lora.families import UNKNOWN, join_key, split_sizes
+from ..lora.families import UNKNOWN, join_key, of_text_encoders, split_sizes
 from ..lora.layout import Layout, Module
 from ..lora.members import Member, Source, open_member
 from ..space import Space
@@ -73,9 +73,9 @@ def lora_files(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
 
 
 def open_members(
-    paths: Sequence[Path], names: Sequence[str] | None = None
+    paths: Sequence[Path], names: Sequence[str] | None = None, *, text_encoders: bool = False
 ) -> tuple[list[Member], list[tuple[str, str]]]:
-    """Every file that is a LoRA, and (name, reason) of the others.
+    """Every file that is a LoRA (of text encoders, where these are meant), and (name, reason) of the others.
 
     Without names of their own they are called as their files, with the folder where that repeats.
     """
@@ -83,7 +83,7 @@ def open_members(
     members, refused = [], []
     for path, name in zip(paths, names):
         try:
-            members.append(open_member(path, name))
+            members.append(open_member(path, name, text_encoders=text_encoders))
         except (W2WError, OSError) as e:
             refused.append((name, str(e)))
     return members, refused
@@ -177,12 +177,14 @@ def fit_delta(
     refused: Sequence[tuple[str, str]] = (),
     progress: Progress | None = None,
     device: torch.device | str = "cpu",
+    weigh: Callable[[Collection], Tensor] | None = None,
 ) -> tuple[Space, CollectionReport]:
     """A linear space of the members' updates, and how it turned out.
 
     `weights`: how much each member counts in the mean and the components, {name: weight}, one by
     default. Members that do not fit are left out and reported. `device`: where inner products are
-    taken; the space is on the CPU.
+    taken; the space is on the CPU. `weigh`: how much each module counts, [M] for those of the collection
+    that fits (`module_weights`); all alike by default.
     """
     settings = settings or CollectionSettings()
     members, whole = ([*members], []) if settings.cut_to else _products(members)
@@ -191,7 +193,8 @@ def fit_delta(
     _require_enough(members, refused)
     collection = collect(members, settings.cut_to)
     layout = collection_layout(collection, _rank(collection, settings))
-    grams = _grams(layout, collection, progress, device)
+    modules = None if weigh is None else weigh(collection)
+    grams = _grams(layout, collection, progress, device, modules)
     empty = [i for i in range(len(members)) if not grams.total[i, i] > 0]
     if empty:
         refused += [(members[i].name, "its update is zero: there is nothing in it") for i in empty]
@@ -200,12 +203,19 @@ def fit_delta(
         _require_enough(members, refused)
         collection = collect(members, settings.cut_to)
         layout = collection_layout(collection, layout.rank)
-        grams = _grams(layout, collection, progress, device)
+        modules = None if weigh is None else weigh(collection)
+        grams = _grams(layout, collection, progress, device, modules)
     left_out = {name for name, _ in refused}
     p = member_weights(members, {n: w for n, w in (weights or {}).items() if n not in left_out})
     mixing, values = delta_components(grams.total, p, settings.components)
     basis = DeltaBasis(
-        layout, collection, grams=lambda: grams, weights=p, mixing=mixing, singular_values=values
+        layout,
+        collection,
+        grams=lambda: grams,
+        weights=p,
+        mixing=mixing,
+        singular_values=values,
+        module_weights=modules,
     )
     report = _report(collection, grams, basis, refused)
     return _space(basis, collection, report, settings), report
@@ -297,11 +307,17 @@ def compare_members(
 
 
 def _grams(
-    layout: Layout, collection: Collection, progress: Progress | None, device: torch.device | str
+    layout: Layout,
+    collection: Collection,
+    progress: Progress | None,
+    device: torch.device | str,
+    module_weights: Tensor | None = None,
 ) -> Grams:
     compute = Compute.pick(device, "fp32")
     with compute.products():
-        return compute_grams(layout, collection, progress, device=compute.device)
+        return compute_grams(
+            layout, collection, progress, device=compute.device, module_weights=module_weights
+        )
 
 
 def member_weights(members: Sequence[Member], weights: Mapping[str, float] | None) -> Tensor:
@@ -374,6 +390,8 @@ def _report(
         outliers=outliers(names, likeness, norms),
         refused=tuple(refused),
         apart=sum(m.apart > 0 for m in collection.members),
+        text_encoders=of_text_encoders(collection.names),
+        weighed=not bool((basis.module_weights == 1).all()),
         unread=sum(len(m.unread) for m in collection.members),
         rounding=_rounding(collection) if collection.cut_to is not None else 0.0,
     )

@@ -11,11 +11,13 @@ Letters: n rows, P numbers per LoRA, M pictures, [C, H, W] a picture as the mode
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ..arrays import is_finite
 from ..diffusion.denoise import Denoise
 from ..diffusion.schedule import Schedule
 from ..errors import ConfigError, DataError, FormatError, ShapeError
@@ -54,39 +56,64 @@ def sketch(
             "A sketch needs rows, pictures [M, C, H, W] and vectors [N, P]. Got "
             f"{rows=}, {list(pictures.shape)} and {list(vectors.shape)}."
         )
+    found = torch.empty(rows, vectors.shape[1])
+    for part in probes(schedule, pictures, len(vectors), rows, batch, generator):
+        found[part.rows] = rows_at(denoise, part, vectors[part.points]).cpu()
+        callback(int(part.rows[-1]) + 1, rows)
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class Probes:
+    """Some rows to take: at which LoRAs, of which noisy pictures, in which directions of the output."""
+
+    rows: Tensor  # [b], their numbers
+    points: Tensor  # [b], of LoRAs
+    noisy: Tensor  # [b, C, H, W]
+    timestep: Tensor  # [b]
+    probe: Tensor  # [b, C, H, W] standard normal
+
+
+def probes(
+    schedule: Schedule,
+    pictures: Tensor,
+    points: int,
+    rows: int,
+    batch: int,
+    generator: torch.Generator,
+) -> Iterator[Probes]:
+    """All rows, a batch at a time: pictures and points at random, timesteps spread evenly over the schedule."""
     shown = torch.randint(len(pictures), (rows,), generator=generator)
-    points = torch.randint(len(vectors), (rows,), generator=generator)
+    chosen = torch.randint(points, (rows,), generator=generator)
     spread = torch.randperm(rows, generator=generator) + torch.rand(rows, generator=generator)
     timestep = (spread / rows * len(schedule)).long().clamp(max=len(schedule) - 1)
-    found = torch.empty(rows, vectors.shape[1])
     for part in torch.arange(rows).split(batch):
         noise, probe = (
             torch.randn(len(part), *pictures.shape[1:], generator=generator).to(pictures)
             for _ in range(2)
         )
-        noisy, _ = schedule.add_noise(
-            pictures[shown[part]], noise, timestep[part].to(pictures.device)
-        )
-        found[part] = _rows(
-            denoise, noisy, timestep[part].to(pictures.device), vectors[points[part]], probe
-        ).cpu()
-        callback(int(part[-1]) + 1, rows)
-    if not bool(torch.isfinite(found).all()):
-        raise DataError(
-            "The model's gradients hold NaN or infinite numbers. Use single precision or bf16."
-        )
-    return found
+        at = timestep[part].to(pictures.device)
+        noisy, _ = schedule.add_noise(pictures[shown[part]], noise, at)
+        yield Probes(part, chosen[part], noisy, at, probe)
 
 
-def _rows(
-    denoise: Denoise, noisy: Tensor, timestep: Tensor, vectors: Tensor, probe: Tensor
-) -> Tensor:
-    """Each sample has a LoRA of its own, so that one backward pass gives as many rows as there are samples."""
+def rows_at(denoise: Denoise, part: Probes, vectors: Tensor) -> Tensor:
+    """Rows v^T J [b, P] at LoRAs [b, P].
+
+    Each sample has a LoRA of its own, so that one backward pass gives as many rows as there are samples.
+
+    Raises DataError for gradients that overflow.
+    """
+    noisy, timestep, probe = part.noisy, part.timestep, part.probe
     with torch.inference_mode(False), torch.enable_grad():
         w = vectors.detach().clone().to(noisy.device, torch.float32).requires_grad_(True)
         output = denoise(noisy.clone(), timestep.clone(), w).float()
         size = output[0].numel() ** 0.5  # so that |f dw|^2 is a mean over the output, not a sum
         (rows,) = torch.autograd.grad((output * probe.float()).sum() / size, w)
+    if not is_finite(rows):
+        raise DataError(
+            "The model's gradients hold NaN or infinite numbers. Use single precision or bf16."
+        )
     return rows.detach()
 
 

@@ -4,6 +4,7 @@ import copy
 import hashlib
 import json
 import os
+import types
 
 import comfy.cldm.cldm
 import comfy.clip_vision
@@ -13,6 +14,8 @@ import comfy.model_management
 import comfy.model_patcher
 import comfy.sampler_helpers
 import comfy.samplers
+import comfy.sd
+import comfy.sdxl_clip
 import comfy.supported_models
 import folder_paths
 import torch
@@ -315,6 +318,54 @@ class Adapters(io.ComfyNode):
         return io.NodeOutput(patched)
 
 
+class RandomTexts(io.ComfyNode):
+    """SDXL's two text encoders, small, with random weights."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(node_id="Probe_Texts", inputs=[], outputs=[io.Clip.Output()])
+
+    @classmethod
+    def execute(cls):
+        def small(width):
+            return {
+                "num_hidden_layers": 3, "hidden_size": width, "num_attention_heads": 2, "intermediate_size": 2 * width,
+            }  # fmt: skip
+
+        target = types.SimpleNamespace(
+            params={},
+            clip=comfy.sdxl_clip.SDXLClipModel,
+            tokenizer=comfy.sdxl_clip.SDXLTokenizer,
+        )
+        cpu = torch.device("cpu")
+        options = {"clip_l_model_config": small(32), "clip_g_model_config": small(48)}
+        options |= {"load_device": cpu, "offload_device": cpu, "dtype": torch.float32}
+        clip = comfy.sd.CLIP(target, model_options=options)
+        fill(clip.cond_stage_model, torch.Generator().manual_seed(0))
+        return io.NodeOutput(clip)
+
+
+class TextWeights(io.ComfyNode):
+    """Loads the text encoders as a prompt would, then writes their weights to a file."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="Probe_TextWeights",
+            inputs=[io.Clip.Input("clip"), io.String.Input("file")],
+            outputs=[],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, clip, file):
+        clip.load_model()
+        weights = clip.cond_stage_model.state_dict()
+        kept = {k: v.detach().cpu().clone() for k, v in weights.items() if k.endswith("weight")}
+        save_file(kept, os.path.join(folder_paths.get_output_directory(), file))
+        return io.NodeOutput()
+
+
 class Weights(io.ComfyNode):
     """Loads the model as a sampler would, then writes the UNet weights whose names end so to a file."""
 
@@ -531,7 +582,7 @@ class ProbeExtension(ComfyExtension):
     async def get_node_list(self):
         return [
             RandomModel, OtherModel, ReducedModel, PlantedModel, WholeSDXL, Adapters, Weights, State, FailingSpace,
-            SmallSD15, RandomControl, RandomVision,
+            SmallSD15, RandomControl, RandomTexts, TextWeights, RandomVision,
         ]  # fmt: skip
 
 
