@@ -16,6 +16,7 @@ from ..commands import command
 from ..delta_basis import DeltaBasis
 from ..errors import ConfigError, FormatError
 from ..files.container import open_container
+from ..files.tables import read_labels
 from ..imports.w2w import LICENCE, TRIGGER_PROMPT, open_w2w
 from ..imports.w2w_space import hold_out, w2w_basis, w2w_coefficients
 from ..space import SpaceBasis
@@ -28,6 +29,7 @@ from ..training.coefficients import (
     project_dataset,
     save_coefficients,
 )
+from ..training.collection_directions import METHODS, collection_directions
 from ..training.compute import Compute
 from ..training.config import VaeTraining, original_training
 from ..training.dataset import VectorDataset, load_dataset
@@ -215,7 +217,17 @@ def register(verbs: Any) -> None:
 def _register_directions(verbs: Any) -> None:
     p = verbs.add_parser("directions", help="give a space attribute directions to edit along")
     p.add_argument("space", metavar="SPACE")
-    p.add_argument("data", metavar="DATA", help="a data set with labels")
+    p.add_argument(
+        "data",
+        metavar="DATA",
+        help="a data set with labels; for a space of collected LoRAs a table (CSV) that names them",
+    )
+    p.add_argument(
+        "--method",
+        choices=METHODS,
+        default="means",
+        help="with a table: the difference of means, or logistic for what is there or not (default: means)",
+    )
     p.add_argument("--only", nargs="+", metavar="NAME", help="these attributes (default: all)")
     p.add_argument(
         "--against", nargs="+", metavar="NAME", help="stay clear of these (default: all)"
@@ -315,11 +327,15 @@ def _fit_start_alone(args: argparse.Namespace, output: str) -> dict[str, Any]:
 
 def directions(args: argparse.Namespace) -> dict[str, Any]:
     """`w2wpp directions`"""
-    space, data = load_space(args.space), load_dataset(args.data)
-    found = space_directions(
-        space, data, only=args.only, debias=not args.naive, against=args.against
-    )
-    facts = directions_report(found, not args.naive)
+    space = load_space(args.space)
+    options = {"only": args.only, "debias": not args.naive, "against": args.against}
+    if isinstance(space.basis, DeltaBasis):
+        table = read_labels(args.data)
+        found = collection_directions(space, table, method=args.method, **options)
+        facts = directions_report(found, not args.naive, args.method)
+    else:
+        found = space_directions(space, load_dataset(args.data), **options)
+        facts = directions_report(found, not args.naive)
     save_directions(args.space, args.output, found.as_mapping(), facts)
     return {"space": args.output, "fingerprint": space.fingerprint, "directions": facts}
 

@@ -171,10 +171,12 @@ def encode_rows(space: Space, dataset: VectorDataset) -> Tensor:
     return torch.cat([space.encode(w).mean for _, w in dataset.chunks()])
 
 
-def report(directions: Directions, debias: bool) -> Mapping[str, object]:
+def report(
+    directions: Directions, debias: bool, method: str = "least squares"
+) -> Mapping[str, object]:
     """What a space file says of its directions."""
     return {
-        "method": "least squares, de-biased" if debias else "least squares",
+        "method": f"{method}, de-biased" if debias else method,
         "unit": "one standard deviation of the attribute",
         "reading_r2": {n: round(v, 4) for n, v in zip(directions.names, directions.r2.tolist())},
         "own_share": {n: round(v, 4) for n, v in zip(directions.names, directions.own.tolist())},
