@@ -24,7 +24,7 @@ FLOORS = (
     ("encode_delta", "mixtures"),
     ("spacefile", "edits", "encode", "export", "attributes", "family", "mix"),
     ("inversion", "training"),
-    ("imports",),
+    ("imports", "likeness"),
     ("avatars.world", "avatars.places", "avatars.records"),
     ("avatars.stages",),
     ("avatars.build",),

@@ -28,6 +28,7 @@ VERBS = {
     "import-identity": ("pt", "--space", "space", "-o", "out"),
     "import-vae": ("pt", "--layout", "json", "-o", "out"),
     "import-w2w": ("w2w", "--labels", "csv", "--layout", "json", "-o", "out"),
+    "likeness": ("pictures", "--embeddings", "csv", "-o", "out"),
     "fit-start": ("space", "csv", "--data", "data", "-o", "out"),
 }
 SOME = ("page", "deep", "torch", "folder", "pipe", "NUL in its name")
@@ -48,6 +49,10 @@ def whole(tmp_path_factory, make_space, dataset, basis, coefficients):
         save_lora(layout.unpack(w), folder / "loras" / f"{i}.safetensors", alpha=layout.alpha)
     write_dataset(folder / "data.safetensors", dataset.vectors(), layout, dataset.identity)
     save_coefficients(folder / "basis.safetensors", coefficients, basis)
+    for name in ("a", "b"):
+        (folder / f"{name}.png").write_bytes(b"")  # the table asks only whether they are there
+    lines = [f"{n}.png,{n},{kind}\n" for n in ("a", "b") for kind in ("photograph", "painting")]
+    (folder / "pictures.csv").write_text("picture,person,kind\n" + "".join(lines))
     torch.save(torch.ones(1, 3), folder / "k.pt")
     (folder / "w2w").mkdir()
     from w2wpp import save_identity
@@ -60,6 +65,7 @@ def whole(tmp_path_factory, make_space, dataset, basis, coefficients):
         "loras": folder / "loras",
         "json": folder / "layout.json",
         "csv": folder / "table.csv",
+        "pictures": folder / "pictures.csv",
         "data": folder / "data.safetensors",
         "basis": folder / "basis.safetensors",
         "pt": folder / "k.pt",

@@ -23,8 +23,19 @@ LEAST = {  # of options that take no zero; the others have a meaning for it, or 
     "sampled": 1,
     "size": 8,
     "width": 8,
+    "embedder_size": 8,
 }
-FILES = ("labels", "checkpoint", "space", "layout", "data", "painted", "mask")
+FILES = (
+    "labels",
+    "checkpoint",
+    "space",
+    "layout",
+    "data",
+    "painted",
+    "mask",
+    "embedder",
+    "embeddings",
+)
 INTO_FOLDERS = ("demo", "avatars")
 
 

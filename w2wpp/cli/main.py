@@ -18,13 +18,18 @@ from typing import Any
 from .. import __version__
 from ..commands import installation
 from ..errors import W2WError
-from . import avatars, collections, identities, imports, training
+from . import avatars, collections, identities, imports, likeness, training
 from .arguments import check_arguments
 
 # Each has register(subparsers); a parser's default `run` takes the arguments and returns the result.
-MODULES = (identities, collections, training, imports, avatars)
+MODULES = (identities, collections, training, imports, likeness, avatars)
 MEMORY = ("can't allocate memory", "not enough memory", "out of memory")  # torch's words for it
-EXTRAS = {"diffusers", "matplotlib", "PIL"}
+EXTRAS = {  # what is installed by which extra of this package
+    "diffusers": "avatars",
+    "matplotlib": "avatars",
+    "PIL": "avatars",
+    "onnxruntime": "likeness",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,9 +42,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"w2wpp: {_readable(e)}", file=sys.stderr)
         return 1
     except ModuleNotFoundError as e:
-        if e.name is None or e.name.split(".")[0] not in EXTRAS:
+        extra = EXTRAS.get((e.name or "").split(".")[0])
+        if extra is None:
             raise
-        print(f"w2wpp: '{args.verb}' needs {e.name}: {installation('avatars')}", file=sys.stderr)
+        print(f"w2wpp: '{args.verb}' needs {e.name}: {installation(extra)}", file=sys.stderr)
         return 1
     except (MemoryError, RuntimeError) as e:
         if not isinstance(e, MemoryError) and not any(word in str(e) for word in MEMORY):
