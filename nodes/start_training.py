@@ -10,11 +10,11 @@ from PIL import Image
 from .. import w2wpp
 from ..w2wpp.errors import ConfigError
 from ..w2wpp.sight import known_by
-from ..w2wpp.training.compute import Compute
 from ..w2wpp.training.fit_locator import LocatorTraining
 from ..w2wpp.training.fit_paintings import PaintingsTraining, fewest_people, fit_paintings
 from ..w2wpp.training.start_table import painted_people
 from .host import folders, tensors
+from .host.compute import host_compute
 from .host.paintings import Painter, draw_people, paint_people
 from .host.progress import Watch
 from .host.vision import HostVision
@@ -192,7 +192,7 @@ class TrainStartNetwork(io.ComfyNode):
             pixels = look_size if vision is None else max(look_size, LEAST_SEEN)
             learned = painted_people(table, space, pixels)
             start, frame, report = fit_paintings(
-                learned, training, vision=vision, compute=Compute(), callback=_learning(watch)
+                learned, training, vision=vision, compute=host_compute(), callback=_learning(watch)
             )
             taught = space.with_(start=start, frame=frame)
             text = _report(report, table.parent)

@@ -36,7 +36,8 @@ def test_figures_are_those_of_three_people_by_hand():
     # a meets the paintings of b and c (0, 1), b those of a and c (0, 0), c those of a and b (0, 0).
     assert found["strangers"]["mean"] == pytest.approx(0.5 / 3)
     assert found["above_strangers"]["mean"] == pytest.approx(0.5 - 0.5 / 3)
-    assert found["recognised"] == pytest.approx(1 / 3, abs=1e-4)  # a is taken for c; c meets nobody
+    # Of paintings those of c look most like the photograph of a.
+    assert found["recognised"] == pytest.approx(2 / 3, abs=1e-4)
     assert found["by_person"] == {"a": 0.5, "b": 1.0, "c": 0.0}
     assert found["confidence_rank"] == 1.0
     assert found["photographs"] is None and found["share"] is None
