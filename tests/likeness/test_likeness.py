@@ -147,7 +147,7 @@ def test_faces_are_cut_by_their_box_or_where_a_start_network_finds_them(folder):
 def test_the_verb_scores_a_table(folder, run, monkeypatch):
     """Embeddings that somebody made, and an embedder whose vectors are mean colours."""
     (folder / "numbers.csv").write_text(
-        "picture,a,b\nred.png,1,0\nred-painted.png,3,4\nblue.png,0,2\nblue-painted.png,0,1\n"
+        f"picture,a,b\nred.png,1,0\nred-painted.png,3,4\n{folder / 'blue.png'},0,2\nblue-painted.png,0,1\n"
     )
     table = str(write(folder))
     output = folder / "result.json"

@@ -36,11 +36,14 @@ def embed_entries(
 
 
 def given_embeddings(entries: Sequence[Entry], table: LabelTable) -> Tensor:
-    """Unit embeddings [n, E] of pictures that somebody embedded: a table whose first column is the picture's path.
+    """Unit embeddings [n, E] of pictures that somebody embedded: a table whose first column is the picture's path,
+    from the table of pictures or absolute.
 
     Raises DataError for a picture without a line and for an embedding of zeros.
     """
-    rows = torch.stack([table.of(e.key, e.picture.name) for e in entries]).float()
+    rows = torch.stack(
+        [table.of(e.key, str(e.picture), str(e.picture.resolve())) for e in entries]
+    ).float()
     if bool((rows.norm(dim=1) == 0).any()):
         raise DataError(f"{table.path}: an embedding is zero.")
     return F.normalize(rows, dim=1)
