@@ -1,8 +1,11 @@
 """The networks: what they promise with any weights, and that files bring them back."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+import w2wpp.avatars.edition2.train_base as training_base
 import w2wpp.avatars.edition2.train_reader as reading
 import w2wpp.avatars.edition2.train_vae as module
 from w2wpp.avatars.edition2.base import (
@@ -81,6 +84,19 @@ def test_a_training_that_was_stopped_goes_on_to_the_same_weights(tmp_path, monke
         assert torch.equal(one, two)
     figures = measure_vae(straight, pictures=2)
     assert 5 < figures["psnr"] < 40 and figures["latent_std"] == pytest.approx(1, abs=0.5)
+
+
+def test_a_base_goes_on_from_another(base, tmp_path):
+    # A step of almost nothing: what comes out is where it began.
+    save_base(base, tmp_path / "base.safetensors")
+    still = (training_base.Round(steps=1, batch=2, learning_rate=1e-12, time_power=1.0),)
+    config = training_base.BaseTraining(seed=5, pictures=4, rounds=still)
+    latents = torch.randn(4, 4, 16, 16)
+    went_on = replace(config, start=str(tmp_path / "base.safetensors"))
+    for settings, same in ((went_on, True), (config, False)):
+        found = training_base.train_base(settings, latents)
+        pairs = zip(found.unet.parameters(), base.unet.parameters())
+        assert all(torch.allclose(a, b, atol=1e-3) for a, b in pairs) == same
 
 
 def test_words_in_the_order_of_the_slots():

@@ -23,7 +23,7 @@ from torch import Tensor
 from ...precision import quick_products
 from ...training import checkpoint as files
 from ..build.checkpoint import State, load_run, save_run
-from .base import AvatarBase
+from .base import AvatarBase, load_base
 from .renderer import render
 from .scene import TRAITS, Scene, sample_identities, sample_scenes
 from .vae import load_vae
@@ -58,6 +58,9 @@ class BaseTraining:
     no_prompt: float = 0.1  # share of empty prompts, for classifier-free guidance
     no_word: float = 0.05  # share of each single word left out
     described: float = 0.5  # share of prompts that describe the face
+    start: str = (
+        ""  # file of a base to go on from, with another seed's pictures; without one, from nothing
+    )
 
 
 def launch_base(
@@ -154,6 +157,8 @@ def train_base(
     torch.manual_seed(config.seed)
     identity, scene = _people(config, generator)
     model, averaged = AvatarBase(), AvatarBase()
+    if config.start:
+        model.load_state_dict(load_base(config.start).state_dict())
     averaged.load_state_dict(model.state_dict())
     averaged.requires_grad_(False).eval()
     optimiser = torch.optim.AdamW(model.parameters(), weight_decay=0.01, fused=True)
