@@ -268,3 +268,57 @@ def test_refuses():
     ):
         with pytest.raises(ConfigError):
             bad()
+
+
+DIRECTIONS = torch.linalg.qr(torch.randn(D, 2, generator=torch.Generator().manual_seed(8))).Q.T
+
+
+@pytest.mark.parametrize("optimiser, steps, near", CASES.values(), ids=CASES)
+def test_along_directions_the_best_point_of_their_span_is_found(optimiser, steps, near):
+    """The loss is a bowl about the target, so the best point is its projection, and the rest stays at the start."""
+    objective, _ = problem()
+    begin = torch.tensor([[0.1, 0.2, -0.3, 0.4]])
+    start = Identity(begin, objective.space.fingerprint)
+    found = invert(objective, optimiser, steps=steps, start=start, along=DIRECTIONS).identity.z
+    best = begin + (TARGET - begin) @ DIRECTIONS.T @ DIRECTIONS
+    assert float((found - best).norm()) < 2 * near
+    rest = torch.eye(D) - DIRECTIONS.T @ DIRECTIONS
+    torch.testing.assert_close(found @ rest, begin @ rest, atol=1e-5, rtol=0)
+
+
+def test_along_directions_a_run_is_taken_up_to_the_same_bits(tmp_path):
+    def run(checkpoint=None, stop=None, along=DIRECTIONS):
+        def callback(progress):
+            assert progress.best.z.shape == (1, D)
+            if progress.step == stop:
+                raise KeyboardInterrupt
+
+        return invert(
+            problem(fresh=True)[0], Adam(lr=0.1), steps=6, along=along, pivotal=Pivotal(steps=2), callback=callback,
+            checkpoint=checkpoint,
+        )  # fmt: skip
+
+    whole, file = run(), tmp_path / "run.safetensors"
+    for stop in (3, 7):  # within either stage
+        with pytest.raises(KeyboardInterrupt):
+            run(file, stop)
+        with pytest.raises(FormatError, match="other pictures, or with other settings"):
+            run(file, along=None)
+        again = run(file)
+        assert torch.equal(again.identity.z, whole.identity.z)
+        assert torch.equal(again.identity.residual, whole.identity.residual)
+        assert again.history == whole.history and not file.exists()
+
+
+@pytest.mark.parametrize(
+    "along, error",
+    [
+        (torch.eye(3), ShapeError),
+        (torch.zeros(0, D), ShapeError),
+        (torch.ones(2, D), ConfigError),
+        (torch.full((1, D), torch.nan), ConfigError),
+    ],
+)
+def test_odd_directions_are_refused(along, error):
+    with pytest.raises(error, match="Directions to move along"):
+        invert(problem()[0], Adam(), steps=1, along=along)

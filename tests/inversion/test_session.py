@@ -19,6 +19,8 @@ from w2wpp.inversion import (
     recipe_for,
     session,
 )
+from w2wpp.inversion.reread import reread
+from w2wpp.inversion.shown import shown
 from w2wpp.start_network import StartNetwork
 
 D = 3
@@ -141,3 +143,89 @@ def test_masked_pixels_are_hidden_from_a_start_that_was_taught_so(space):
             for faces in (PICTURES, painted_over)
         )
         assert torch.allclose(one, other, atol=1e-5) == alike
+
+
+def taught(space, strengths=(3.0, 1.0, 0.1)):
+    """The same space with a start network that says what shows: three directions, ever weaker."""
+    turn = torch.linalg.qr(torch.randn(D, D, generator=torch.Generator().manual_seed(5))).Q
+    start = StartNetwork(D, rank=D, size=8, width=8, features=8).eval()
+    weights = {**space.start.state_dict(), "spread": torch.diag(torch.tensor(strengths)) @ turn}
+    start.load_state_dict(weights)
+    return replace(space, start=start), turn
+
+
+def test_what_shows_is_told_by_its_energy(space):
+    """Strengths of 3, 1 and .1 have energies of 1, .11 and .0011 of the strongest."""
+    here, turn = taught(space)
+    for energy, count in ((1.0, 1), (0.2, 1), (0.1, 2), (0.001, 3)):
+        found = shown(here.start, energy)
+        assert len(found) == count
+        torch.testing.assert_close((found @ turn.T).abs(), torch.eye(D)[:count], atol=1e-5, rtol=0)
+    with pytest.raises(ConfigError, match="no start network that says what does"):
+        shown(space.start, 0.5)
+    for energy in (0.0, 1.5):
+        with pytest.raises(ConfigError, match="share of the strongest"):
+            shown(here.start, energy)
+
+
+def test_steps_go_only_along_what_shows(space):
+    here, turn = taught(space)
+    made = session(here, PICTURES, replace(SHORT, shown=0.1), faces=PICTURES)
+    moved = made.solve(denoise, SCHEDULE).identity.z - made.start.z
+    assert float((moved @ turn[2]).abs()) < 1e-5 < float((moved @ turn[:2].T).abs().min())
+    everywhere = session(here, PICTURES, SHORT, faces=PICTURES).solve(denoise, SCHEDULE)
+    assert float(((everywhere.identity.z - made.start.z) @ turn[2]).abs()) > 1e-3
+    assert "along what shows by 0.1" in str(made.recipe)
+    with pytest.raises(ConfigError, match="no start network that says"):
+        session(space, PICTURES, replace(SHORT, shown=0.1), faces=PICTURES).solve(denoise, SCHEDULE)
+
+
+def test_reading_again_makes_up_for_a_reader_that_answers_too_close_to_the_average():
+    """It reads half of what there is, and a bit to one side: by hand, z + .8 ((.5 * truth + .3) - (.5 z + .3))."""
+    truth = torch.tensor([[1.0, -2.0]])
+
+    def read(z):
+        return 0.5 * z + 0.3
+
+    wanted = read(truth)
+    once = reread(wanted, wanted, read, times=1, rate=0.8)
+    torch.testing.assert_close(once, wanted + 0.4 * (truth - wanted))
+    often = reread(wanted, wanted, read, times=60, rate=0.8)
+    torch.testing.assert_close(often, truth, atol=1e-4, rtol=0)
+    assert torch.equal(reread(wanted, wanted, read, times=0, rate=0.8), wanted)
+    for times, rate in ((-1, 0.5), (1, 0.0), (1, 1.5)):
+        with pytest.raises(ConfigError, match="read again"):
+            reread(wanted, wanted, read, times=times, rate=rate)
+        with pytest.raises(ConfigError):
+            replace(SHORT, rereads=times, reread_rate=rate)
+
+
+def test_a_recipe_that_reads_again_paints_each_person_in_their_own_latent(space):
+    recipe = replace(SHORT, steps=0, rereads=2, reread_rate=0.5)
+    made = session(space, PICTURES[:, None], recipe, faces=PICTURES[:, None])
+    seen = []
+
+    def decode(latents):
+        seen.append(latents)
+        return latents
+
+    for rows in (None, 1):
+        seen.clear()
+        found = made.solve(denoise, SCHEDULE, decode=decode, micro_batch=rows)
+        assert [t.shape for t in seen] == [(2, 3, 8, 8)] * 2
+        assert found.evaluations == 2 * 8
+        z = made.start.z
+        for painted in seen:
+            z = z + 0.5 * (made.start.z - space.start_from(painted).z)
+        torch.testing.assert_close(found.identity.z, z)
+        assert found.identity.provenance["rereads"] == 2
+    # The painting is that of the person's own vector, from the same noise for both.
+    first = made.painted(denoise, SCHEDULE, made.start.z[:1])
+    torch.testing.assert_close(made.painted(denoise, SCHEDULE, made.start.z)[:1], first)
+    longer = replace(made, recipe=replace(recipe, steps=3))
+    assert longer.solve(denoise, SCHEDULE, decode=decode).evaluations == 2 * 8 + 3 * 2
+    for odd in (replace(made, faces=None), replace(made, start=None)):
+        with pytest.raises(ConfigError, match="reads the start again"):
+            odd.solve(denoise, SCHEDULE, decode=decode)
+    with pytest.raises(ConfigError, match="reads the start again"):
+        made.solve(denoise, SCHEDULE)

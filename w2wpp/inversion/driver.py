@@ -31,11 +31,14 @@ def invert(
     start: Identity | None = None,
     pivotal: Pivotal | None = None,
     keep: str = "best",
+    along: Tensor | None = None,
     seed: int = 0,
     callback: Callback | None = None,
     checkpoint: Path | None = None,
 ) -> Solution:
     """The identity whose LoRA denoises the pictures best.
+
+    With orthonormal directions `along` [r, d] latents move in their span alone, and optimisers search r numbers.
 
     Points are compared by draws kept aside for that, where fresh draws make the steps' own losses incomparable, and by
     the steps' own losses otherwise. `keep="last"` returns where the run ends instead of the best point met. An
@@ -47,6 +50,8 @@ def invert(
             f"An inversion takes at least one step and keeps 'best' or 'last'. Got {steps=}, {keep=}."
         )
     z, residual = _begin(objective, start)
+    if along is not None:
+        along = _directions(along, z)
     file = None
     if checkpoint is not None:
         settings = {
@@ -55,8 +60,9 @@ def invert(
             "pivotal": repr(pivotal),
             **{"steps": steps, "keep": keep, "seed": seed},
         }
-        file = Checkpoint(checkpoint, digest(settings, {"z": z, "residual": residual}))
-    run = _Inversion(objective, z, residual, keep, callback, file)
+        tensors = {"z": z, "residual": residual, **({} if along is None else {"along": along})}
+        file = Checkpoint(checkpoint, digest(settings, tensors))
+    run = _Inversion(objective, z, residual, keep, callback, file, along)
     run.total = steps + (pivotal.steps if pivotal else 0)
     run.solve(optimiser, steps, pivotal, seed)
     how: dict[str, Any] = {"made_by": "invert", "seed": seed}
@@ -89,6 +95,21 @@ def _begin(objective: Objective, start: Identity | None) -> tuple[Tensor, Tensor
     return z, None if residual is None else residual.to(device).expand(people, -1).clone()
 
 
+def _directions(along: Tensor, z: Tensor) -> Tensor:
+    """[r, d] where the latents are; raises for what is not orthonormal."""
+    along = along.detach().to(z)
+    if along.ndim != 2 or along.shape[1] != z.shape[1] or not len(along):
+        raise ShapeError(
+            f"Directions to move along are [r, {z.shape[1]}] for these latents. Got {list(along.shape)}."
+        )
+    off = along @ along.T - torch.eye(len(along)).to(along)
+    if not float(off.abs().max()) < 1e-3:
+        raise ConfigError(
+            "Directions to move along are orthonormal. Take them from an SVD or a QR."
+        )
+    return along
+
+
 @dataclass(frozen=True, eq=False)
 class _Stage:
     """What moves: latents in the first stage, and residuals around them in the second."""
@@ -97,12 +118,13 @@ class _Stage:
     z: Tensor  # [B, d]
     residual: Tensor | None  # [B, K]
     decay: float = 0.0  # weight of |residual|^2 / 2 while residuals move
+    along: Tensor | None = None  # [r, d] what latents move along; D is r then
 
     @property
     def start(self) -> Tensor:
         """[B, D]"""
         if self.number == 0:
-            return self.z
+            return self.z if self.along is None else self.z.new_zeros(len(self.z), len(self.along))
         assert self.residual is not None
         return self.residual
 
@@ -111,9 +133,15 @@ class _Stage:
         times = len(points) // len(self.z)
         if self.number:
             return repeat(self.z, "b d -> (b r) d", r=times), points
+        if self.along is not None:
+            points = repeat(self.z, "b d -> (b r) d", r=times) + points @ self.along
         if self.residual is None:
             return points, None
         return points, repeat(self.residual, "b k -> (b r) k", r=times)
+
+    def slope(self, gradient: Tensor) -> Tensor:
+        """Gradients of what moves, whole [R, d or K] -> of the points [R, D]."""
+        return gradient if self.along is None else gradient @ self.along.T
 
     def penalty(self, points: Tensor) -> Tensor:
         """[R]"""
@@ -133,10 +161,11 @@ class _Inversion:
         keep: str,
         callback: Callback | None,
         checkpoint: Checkpoint | None,
+        along: Tensor | None = None,
     ) -> None:
         self.objective, self.keep = objective, keep
         self.callback, self.checkpoint = callback, checkpoint
-        self.z, self.residual = z, residual
+        self.z, self.residual, self.along = z, residual, along
         # There is nothing to compare if the last is kept.
         fresh = objective.fresh and keep == "best"
         self.aside = objective.evaluation(COMPARISONS) if fresh else None
@@ -149,8 +178,9 @@ class _Inversion:
     def solve(self, optimiser: Optimiser, steps: int, pivotal: Pivotal | None, seed: int) -> None:
         number, state = self._resume()
         if number == 0:
-            stage = _Stage(0, self.z, self.residual)
-            self.z = self._run(stage, optimiser.begin(self.z, steps=steps, seed=seed), steps, state)
+            stage = _Stage(0, self.z, self.residual, along=self.along)
+            run = optimiser.begin(stage.start, steps=steps, seed=seed)
+            self.z, _ = stage.place(self._run(stage, run, steps, state))
         if pivotal and not self.stop_reason.startswith("stopped"):
             if self.residual is None:
                 components = self.objective.space.basis.n_components
@@ -233,7 +263,7 @@ class _Inversion:
         losses, slope = self.objective.value_and_gradient(
             z, residual, draw, of_residual=bool(stage.number)
         )
-        return losses + stage.penalty(points), slope + stage.decay * points
+        return losses + stage.penalty(points), stage.slope(slope) + stage.decay * points
 
     def _compare(self, stage: _Stage, point: Tensor, draw: Draw) -> None:
         """Where the run stands, under fixed draws: counted as evaluations like any other."""

@@ -17,6 +17,7 @@ from .cma import Cma
 from .multistart import Multistart
 from .optimiser import Optimiser
 from .pivotal import Pivotal
+from .reread import check_reread
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,16 @@ class Recipe:
     pivotal: Pivotal | None = None
     start: str = "amortised"  # or "mean"
     keep: str = "best"  # what invert returns; under fresh noise "last" needs no comparisons
+    # Steps go only along what shows: directions of at least this share of the strongest one's energy; 0 is all.
+    shown: float = 0.0
+    rereads: int = 0  # how often the start is painted, read and moved by the difference
+    reread_rate: float = 0.7  # by which share of it
+
+    def __post_init__(self) -> None:
+        check_finite("A recipe", shown=self.shown, reread_rate=self.reread_rate)
+        if not 0 <= self.shown <= 1:
+            raise ConfigError(f"What shows is a share from 0 to 1. Got {self.shown}.")
+        check_reread(self.rereads, self.reread_rate)
 
     def adjusted(
         self,
@@ -52,9 +63,11 @@ class Recipe:
         return replace(self, optimiser=optimiser, steps=count, objective=objective, pivotal=stage)
 
     def __str__(self) -> str:
+        more = f", along what shows by {self.shown:g}" if self.shown else ""
+        more += f", {self.rereads} times read again" if self.rereads else ""
         return (
             f"{self.steps} steps of {self.draws} noised pictures, {self.optimiser}, prior "
-            f"{self.objective.get('prior', 0.0):g}, pivotal {self.pivotal_share:g}"
+            f"{self.objective.get('prior', 0.0):g}, pivotal {self.pivotal_share:g}{more}"
         )
 
     @property

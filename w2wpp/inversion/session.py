@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..diffusion.denoise import Denoise
+from ..diffusion.sampler import sample
 from ..diffusion.schedule import Schedule
 from ..errors import ConfigError
 from ..identity import Identity
@@ -18,8 +20,12 @@ from ..space import Space
 from .driver import invert
 from .objective import Objective
 from .recipes import Recipe, recipe_for
+from .reread import PAINT_STEPS, reread
+from .shown import shown
 from .solution import Callback, Solution
 from .verdict import confidences
+
+Decode = Callable[[Tensor], Tensor]  # latents [B, C, H, W] to pictures [B, 3, h, w] in [-1, 1]
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +42,7 @@ class Session:
     start: Identity | None = None
     mask: Tensor | None = None
     seed: int = 0
+    faces: Tensor | None = None  # in RGB, where the recipe reads the start again
 
     def to(self, device: torch.device | str) -> Session:
         """The same with its space and pictures on a device."""
@@ -51,9 +58,19 @@ class Session:
         micro_batch: int | None = None,
         callback: Callback | None = None,
         checkpoint: Path | None = None,
+        decode: Decode | None = None,
     ) -> Solution:
-        """Look for the person with a model; see `invert` for what a callback and a checkpoint do."""
+        """Look for the person with a model; see `invert` for what a callback and a checkpoint do.
+
+        `decode` is how latents become pictures, which recipes need that read the start again; ConfigError without.
+        """
         recipe = self.recipe
+        if recipe.rereads:
+            self, spent = self.reread(denoise, schedule, decode, micro_batch=micro_batch)
+            found = replace(self, recipe=replace(recipe, rereads=0)).solve(
+                denoise, schedule, micro_batch=micro_batch, callback=callback, checkpoint=checkpoint
+            )
+            return replace(found, evaluations=found.evaluations + spent)
         if recipe.steps == 0 and self.start is not None:
             return Solution(self.start, [], 0, "the start itself", [], 0.0)
         objective = Objective(
@@ -73,10 +90,58 @@ class Session:
             start=self.start,
             pivotal=recipe.pivotal,
             keep=recipe.keep,
+            along=shown(self.space.start, recipe.shown) if recipe.shown else None,
             seed=self.seed,
             callback=callback,
             checkpoint=checkpoint,
         )
+
+    def reread(
+        self,
+        denoise: Denoise,
+        schedule: Schedule,
+        decode: Decode | None,
+        *,
+        micro_batch: int | None = None,
+    ) -> tuple[Session, int]:
+        """The same from a start that was painted, read and moved by the difference; and evaluations of each person.
+
+        Raises ConfigError without a start network, faces to read, a start, or a way to decode.
+        """
+        recipe = self.recipe
+        wanted = start_from(self.space, self.faces, mask=self.mask)
+        if wanted is None or self.start is None or decode is None:
+            raise ConfigError(
+                "A recipe that reads the start again needs a space with a start network, the pictures in RGB as faces, "
+                "and how latents are decoded."
+            )
+
+        def read(z: Tensor) -> Tensor:
+            painted = self.painted(denoise, schedule, z, micro_batch=micro_batch)
+            guess = start_from(self.space, decode(painted)[:, None], mask=self.mask)
+            assert guess is not None
+            return guess.z
+
+        times = recipe.rereads
+        z = reread(self.start.z, wanted.z, read, times=times, rate=recipe.reread_rate)
+        moved = replace(self.start, z=z, provenance={**self.start.provenance, "rereads": times})
+        return replace(self, start=moved), times * PAINT_STEPS
+
+    def painted(
+        self, denoise: Denoise, schedule: Schedule, z: Tensor, *, micro_batch: int | None = None
+    ) -> Tensor:
+        """Latents [B, C, H, W] of paintings of latents z [B, d], all from the same noise."""
+        generator = torch.Generator().manual_seed(self.seed)
+        noise = torch.randn(1, *self.pictures.shape[-3:], generator=generator)
+        parts = []
+        for some in z.split(micro_batch or len(z)):
+            with torch.no_grad():
+                vectors = self.space.decode(some)
+            begin = noise.to(self.pictures).expand(len(some), -1, -1, -1)
+            parts.append(
+                sample(lambda x, t, v=vectors: denoise(x, t, v), begin, schedule, PAINT_STEPS)  # type: ignore[misc]
+            )
+        return torch.cat(parts)
 
     def gain(
         self,
@@ -132,7 +197,9 @@ def session(
         recipe = recipe_for(space if sees else space.with_(start=None), recipe, start)
     if start is None:
         start = start_from(space, faces, recipe.start, mask=mask)
-    return Session(space.uncut(), pictures, recipe.adjusted(**changes), start, mask, seed)
+    recipe = recipe.adjusted(**changes)
+    seen = faces if recipe.rereads else None
+    return Session(space.uncut(), pictures, recipe, start, mask, seed, seen)
 
 
 def start_from(
