@@ -101,6 +101,29 @@ def test_an_interrupted_run_keeps_its_paintings_and_goes_on(host: Host) -> None:
     assert [path.stat().st_mtime_ns for path in painted] == stamps
 
 
+def test_cancelled_while_it_learns_all_paintings_are_kept(host: Host) -> None:
+    graph = TeachingGraph()
+    graph.teach(
+        save_as="", seed=3, steps=1_000_000
+    )  # whose paintings may be there from other tests
+    number = host.post("/prompt", {"prompt": graph.nodes})["prompt_id"]
+    deadline = time.monotonic() + 300
+    while not (tables := newest_tables(host)) or len(paintings_of(tables[0])) < 480:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    time.sleep(6)
+    host.post("/interrupt", {})
+    entry = host.wait(number)
+    assert "execution_interrupted" in [kind for kind, _ in entry["status"]["messages"]]
+    stamps = {path: path.stat().st_mtime_ns for path in paintings_of(tables[0])}
+    assert len(stamps) == 480
+    graph = TeachingGraph()
+    taught = graph.teach(save_as="", seed=3, steps=3)
+    (report,) = host.run(graph.nodes).outputs[taught]["text"]
+    assert "Learned from 480 paintings" in report
+    assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
+
+
 def test_too_few_people_are_refused_before_anything_is_painted(host: Host) -> None:
     before = paintings(host)
     graph = TeachingGraph()
@@ -112,3 +135,13 @@ def test_too_few_people_are_refused_before_anything_is_painted(host: Host) -> No
 
 def paintings(host: Host):
     return list((host.output / "w2wpp").glob("paintings_*/*.png"))
+
+
+def newest_tables(host: Host):
+    """Tables of painted people, the one written last first."""
+    found = (host.output / "w2wpp").glob("paintings_*/painted.csv")
+    return sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
+
+
+def paintings_of(table):
+    return sorted(table.parent.glob("*.png"))
