@@ -1,5 +1,5 @@
 # make demo   paints new identities with the shipped space, into demo/
-# make test   ruff, mypy and the tests
+# make test   ruff, mypy, oxlint and the tests
 #
 # Both use an environment of their own in .venv, made once and again only when pyproject.toml changes.
 # The CPU build of PyTorch suffices; PIP_ARGS="--extra-index-url ..." points pip at it where PyPI has a larger one.
@@ -19,6 +19,7 @@ demo: $(VENV)/avatars.stamp
 test: $(VENV)/test.stamp
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/oxlint --quiet web/js
 	$(BIN)/pytest
 
 environment: $(VENV)/test.stamp

@@ -28,6 +28,7 @@ from .host.model import noise_schedule
 from .host.pictures import given_latents
 from .host.plan import device_for_sums, plan_run
 from .host.progress import steps_shown
+from .inputs import name_of_result
 from .likeness import draw_map, draw_matrix
 from .types import IdentitySocket, LoraSocket, People, SpaceSocket, advanced, schema
 
@@ -62,10 +63,8 @@ class SpaceFromLoras(io.ComfyNode):
             is_input_list=True,
             inputs=[
                 *_sources(),
-                io.String.Input(
-                    "save_as",
-                    default="",
-                    tooltip="Name of a file in models/w2wpp/, for W2W++ Load Space. Leave empty to pass the "
+                name_of_result(
+                    "Name of a file in models/w2wpp/, for W2W++ Load Space. Leave empty to pass the "
                     "space on without saving it.",
                 ),
                 io.Int.Input(

@@ -13,13 +13,13 @@ from ..w2wpp.training.marks import direction_from_marks
 from .host import attributes, crowd, folders, tensors
 from .host.fingerprints import fingerprint
 from .host.progress import announce
+from .inputs import guidance, seed_of_pictures, side_of_pictures, steps_of_sampling
 from .sheet import draw_sheet
 from .types import (
     FacesWidget,
     IdentitySocket,
     People,
     SpaceSocket,
-    advanced,
     one_person,
     schema,
     seed_of_people,
@@ -120,40 +120,20 @@ class Explore(io.ComfyNode):
                     tooltip="Somebody to start from, such as an inverted portrait: the first grid shows them and, "
                     "within the radius, people like them.",
                 ),
-                io.Int.Input(
-                    "steps",
-                    default=8,
-                    min=1,
-                    max=100,
-                    tooltip="Steps of the sampler for each face. Few are enough to choose by.",
-                    **advanced(),
+                steps_of_sampling(
+                    "Steps of the sampler for each face. Few are enough to choose by.",
                 ),
-                io.Float.Input(
-                    "cfg",
-                    default=2.0,
-                    min=1.0,
-                    max=30.0,
-                    step=0.1,
-                    tooltip="How strongly the faces follow the prompt, if a negative one is connected.",
-                    **advanced(),
+                guidance(
+                    "How strongly the faces follow the prompt, if a negative one is connected.",
                 ),
-                io.Int.Input(
-                    "picture_seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    tooltip="Seed of the noise that all faces are painted from. It decides the picture, not the "
+                seed_of_pictures(
+                    "Seed of the noise that all faces are painted from. It decides the picture, not the "
                     "person.",
-                    **advanced(),
                 ),
-                io.Int.Input(
+                side_of_pictures(
+                    "Side of a face in pixels. 0 takes the size that the model paints at, up to 384.",
                     "size",
-                    default=0,
-                    min=0,
-                    max=1024,
-                    step=8,
-                    tooltip="Side of a face in pixels. 0 takes the size that the model paints at, up to 384.",
-                    **advanced(),
+                    most=1024,
                 ),
                 FacesWidget.Input(
                     "faces",

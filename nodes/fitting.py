@@ -27,6 +27,7 @@ from .host import folders, learnable, tensors
 from .host.blocking import nothing_because
 from .host.progress import steps_shown, tell
 from .host.unfinished import Unfinished
+from .inputs import name_of_result, seed_of_training
 from .likeness import draw_map
 from .types import (
     DatasetSocket,
@@ -78,10 +79,8 @@ class FitSpace(io.ComfyNode):
                     tooltip="linear is PCA, as weights2weights has it, and all that few people support. A VAE holds "
                     "more in as many latents, from some hundreds of people on.",
                 ),
-                io.String.Input(
-                    "save_as",
-                    default="",
-                    tooltip="Name of a file in models/w2wpp/, for W2W++ Load Space. Leave empty to pass the space on "
+                name_of_result(
+                    "Name of a file in models/w2wpp/, for W2W++ Load Space. Leave empty to pass the space on "
                     "without saving it.",
                 ),
                 io.Int.Input(
@@ -143,14 +142,8 @@ class FitSpace(io.ComfyNode):
                     tooltip="How strongly a VAE is held to a normal distribution.",
                     **advanced(),
                 ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFF,
-                    control_after_generate=False,
-                    tooltip="Seed of the first weights, of the order, and of who is held out.",
-                    **advanced(),
+                seed_of_training(
+                    "Seed of the first weights, of the order, and of who is held out.",
                 ),
                 io.String.Input(
                     "trigger_prompt",

@@ -15,6 +15,7 @@ from ..w2wpp.imports.identity import read_numbers
 from .host import folders, official, places, tensors
 from .host.blocking import nothing_because
 from .host.progress import steps_shown, tell
+from .inputs import name_of_result
 from .types import IdentitySocket, People, SpaceSocket, advanced, schema
 
 NO_FILE = "none"
@@ -50,10 +51,8 @@ class ImportFiles(io.ComfyNode):
                     tooltip="Something else in a folder of ComfyUI's, such as output/old/vae.pt. Takes the place of "
                     "'file'.",
                 ),
-                io.String.Input(
-                    "save_as",
-                    default="",
-                    tooltip="Name of the space in models/w2wpp/, for W2W++ Load Space. Empty uses the name of what is "
+                name_of_result(
+                    "Name of the space in models/w2wpp/, for W2W++ Load Space. Empty uses the name of what is "
                     "imported. People are not saved; W2W++ Save Identity does that.",
                 ),
                 SpaceSocket.Input(

@@ -27,6 +27,7 @@ from .host.plan import Plan, plan_run
 from .host.progress import Watch
 from .host.prompts import check_prompt
 from .host.vision import with_sight
+from .inputs import side_of_pictures
 from .types import IdentitySocket, People, SpaceSocket, advanced, schema, seed_of_people
 
 PREVIEWS, FEW = (
@@ -151,15 +152,10 @@ class InvertFromImage(io.ComfyNode):
                     "share. Needs gradients.",
                     **advanced(),
                 ),
-                io.Int.Input(
-                    "resolution",
-                    default=0,
-                    min=0,
-                    max=2048,
-                    step=8,
-                    tooltip="The pictures are scaled to the area of a square with sides of this many pixels. 0 "
+                side_of_pictures(
+                    "The pictures are scaled to the area of a square with sides of this many pixels. 0 "
                     "uses the size that the model was trained on.",
-                    **advanced(),
+                    "resolution",
                 ),
                 io.Int.Input(
                     "preview_every",

@@ -22,6 +22,7 @@ from .host.model import noise_schedule, usual_size
 from .host.people_files import people_folder, save_loras
 from .host.plan import Plan, plan_run
 from .host.progress import Watch
+from .inputs import name_of_result, seed_of_training, side_of_pictures
 from .types import DatasetSocket, LoraSocket, advanced, schema
 
 NO_FOLDER = "none"
@@ -67,11 +68,10 @@ class TrainPeople(io.ComfyNode):
                     tooltip="Such a folder elsewhere in ComfyUI's folders, as in output/people. Takes the place of "
                     "'folder'.",
                 ),
-                io.String.Input(
-                    "save_as",
-                    default="people",
-                    tooltip="Name of the training. LoRAs go into models/loras/ under this name, what the training "
+                name_of_result(
+                    "Name of the training. LoRAs go into models/loras/ under this name, what the training "
                     "needs to go on into models/w2wpp/. The same name again trains only who is new.",
+                    default="people",
                 ),
                 io.String.Input(
                     "trigger_prompt",
@@ -128,15 +128,10 @@ class TrainPeople(io.ComfyNode):
                     "training.",
                     **advanced(),
                 ),
-                io.Int.Input(
-                    "seed",
-                    default=PeopleTraining.seed,
-                    min=0,
-                    max=0xFFFFFFFF,
-                    control_after_generate=False,
-                    tooltip="Seed of the noise, which everybody meets in the same order, and of the weights that all "
+                seed_of_training(
+                    "Seed of the noise, which everybody meets in the same order, and of the weights that all "
                     "start from.",
-                    **advanced(),
+                    default=PeopleTraining.seed,
                 ),
                 io.Int.Input(
                     "pilots",
@@ -147,15 +142,10 @@ class TrainPeople(io.ComfyNode):
                     "which is what makes a space of few people learnable. 0 starts from nothing.",
                     **advanced(),
                 ),
-                io.Int.Input(
-                    "resolution",
-                    default=0,
-                    min=0,
-                    max=2048,
-                    step=8,
-                    tooltip="The middle of every picture is scaled to a square with sides of this many pixels. 0 uses "
+                side_of_pictures(
+                    "The middle of every picture is scaled to a square with sides of this many pixels. 0 uses "
                     "the size that the model was trained on.",
-                    **advanced(),
+                    "resolution",
                 ),
             ],
             outputs=[

@@ -9,8 +9,9 @@ from .. import w2wpp
 from ..w2wpp.edits import readings
 from .host import attributes, crowd, tensors
 from .host.blocking import nothing_because
+from .inputs import guidance, seed_of_pictures, steps_of_sampling
 from .sheet import draw_sheet
-from .types import IdentitySocket, People, SlidersWidget, advanced, schema
+from .types import IdentitySocket, People, SlidersWidget, schema
 
 PLACES = 8
 NONE = "none"
@@ -48,33 +49,17 @@ class Sliders(io.ComfyNode):
                     optional=True,
                     tooltip="For the strip: what it should not be like. With it the strip is painted with guidance.",
                 ),
-                io.Int.Input(
-                    "steps",
-                    default=8,
-                    min=1,
-                    max=100,
+                steps_of_sampling(
+                    "Steps of the sampler for a face of the strip.",
                     optional=True,
-                    tooltip="Steps of the sampler for a face of the strip.",
-                    **advanced(),
                 ),
-                io.Float.Input(
-                    "cfg",
-                    default=2.0,
-                    min=1.0,
-                    max=30.0,
-                    step=0.1,
+                guidance(
+                    "How strongly the strip follows the prompt, if a negative one is connected.",
                     optional=True,
-                    tooltip="How strongly the strip follows the prompt, if a negative one is connected.",
-                    **advanced(),
                 ),
-                io.Int.Input(
-                    "picture_seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
+                seed_of_pictures(
+                    "Seed of the noise that the strip is painted from.",
                     optional=True,
-                    tooltip="Seed of the noise that the strip is painted from.",
-                    **advanced(),
                 ),
                 SlidersWidget.Input(
                     "sliders",

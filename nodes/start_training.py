@@ -18,6 +18,7 @@ from .host.compute import host_compute
 from .host.paintings import Painter, draw_people, paint_people
 from .host.progress import Watch
 from .host.vision import HostVision
+from .inputs import guidance, name_of_result, side_of_pictures, steps_of_sampling
 from .types import SpaceSocket, advanced, schema, seed_of_people
 
 OTHER_SCENES = ("scene_2", "scene_3", "scene_4")
@@ -57,10 +58,8 @@ class TrainStartNetwork(io.ComfyNode):
                     tooltip="How many people are painted, each in every scene and at least twice. The more, the better "
                     "the guess; a few hundred are a beginning.",
                 ),
-                io.String.Input(
-                    "save_as",
-                    default="",
-                    tooltip="Name of a file in models/w2wpp/ for the space with its start network. Leave empty to "
+                name_of_result(
+                    "Name of a file in models/w2wpp/ for the space with its start network. Leave empty to "
                     "pass it on without saving.",
                 ),
                 seed_of_people("Who is painted, and how the network begins."),
@@ -86,34 +85,21 @@ class TrainStartNetwork(io.ComfyNode):
                     "their heads, instead of by a network that learns to see. W2W++ Invert from Image then wants the "
                     "same model.",
                 ),
-                io.Int.Input(
+                steps_of_sampling(
+                    "Sampling steps of each painting.",
                     "paint_steps",
                     default=12,
-                    min=1,
-                    max=200,
+                    most=200,
                     optional=True,
-                    tooltip="Sampling steps of each painting.",
-                    **advanced(),
                 ),
-                io.Float.Input(
-                    "cfg",
-                    default=2.0,
-                    min=1.0,
-                    max=30.0,
-                    step=0.1,
+                guidance(
+                    "Guidance of the paintings, where a negative prompt is connected.",
                     optional=True,
-                    tooltip="Guidance of the paintings, where a negative prompt is connected.",
-                    **advanced(),
                 ),
-                io.Int.Input(
+                side_of_pictures(
+                    "Side of the paintings in pixels. 0 uses the model's own size, up to 512.",
                     "paint_size",
-                    default=0,
-                    min=0,
-                    max=2048,
-                    step=8,
                     optional=True,
-                    tooltip="Side of the paintings in pixels. 0 uses the model's own size, up to 512.",
-                    **advanced(),
                 ),
                 io.Int.Input(
                     "steps",

@@ -9,6 +9,9 @@ import itertools
 import json
 import os
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -179,3 +182,34 @@ def test_what_a_node_imports_from_the_library_is_there(path: Path) -> None:
                     f"{module}.{alias.name}"
                 )
                 assert has, f"{path.name} imports {alias.name} from {module}"
+
+
+def linted(folder: Path) -> str:
+    """What the linter has against the scripts of a folder."""
+    linter = Path(sys.executable).with_name("oxlint")
+    found = subprocess.run(
+        [shutil.which("oxlint") or linter, "--config", REPO / ".oxlintrc.json", folder],
+        capture_output=True,
+        text=True,
+    )
+    assert "Finished" in found.stdout, found.stdout + found.stderr  # it ran
+    return found.stdout if found.returncode else ""
+
+
+def test_scripts_are_clean() -> None:
+    assert linted(REPO / "web" / "js") == ""
+
+
+@pytest.mark.parametrize(
+    "line, said",
+    [
+        ("runGrahp();", "no-undef"),
+        ('import { left } from "./over.js";', "no-unused-vars"),
+        ("const = 1;", "Unexpected token"),
+        ("if (document.title == 1) window.stop();", "eqeqeq"),
+    ],
+)
+def test_the_linter_sees_what_is_wrong(tmp_path: Path, line: str, said: str) -> None:
+    source = (REPO / "web" / "js" / "family.js").read_text(encoding="utf-8")
+    (tmp_path / "family.js").write_text(f"{source}\n{line}\n", encoding="utf-8")
+    assert said in linted(tmp_path)

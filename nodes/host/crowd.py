@@ -16,16 +16,12 @@ from torch import Tensor
 from ...w2wpp import Identity, Layout, Space
 from ...w2wpp.lora.hooks import hooked as lora_hooks
 from . import gallery, tensors
+from .easel import SAMPLER, SCHEDULER, decoded, latent_shape, rows_at_once, side_of
 from .fingerprints import fingerprint, model_fingerprint, vae_fingerprint
-from .model import check_fit, grid, reorder, sites_of, usual_size
-from .plan import plan_run
+from .model import check_fit, reorder, sites_of
 
 AT_ONCE = 4  # a row of the usual grid: what is lost at most when somebody presses Cancel
 LARGEST = 384  # side that faces are painted at unless somebody says otherwise
-SAMPLER, SCHEDULER = (
-    "dpmpp_2m",
-    "normal",
-)  # no noise of its own, so a face does not depend on its row
 
 
 @dataclass(frozen=True)
@@ -44,9 +40,7 @@ class Studio:
     @property
     def side(self) -> int:
         """Side of the pictures in pixels, a multiple of what the UNet needs."""
-        cell = grid(self.model)
-        side = self.size or min(usual_size(self.model), LARGEST)
-        return max(cell, round(side / cell) * cell)
+        return side_of(self.model, self.size, LARGEST)
 
     @property
     def guidance(self) -> float:
@@ -86,7 +80,7 @@ def paint_faces(
 
     tell()
     if missing:
-        rows = min(AT_ONCE, _rows(studio))
+        rows = rows_at_once(studio.model, studio.side, AT_ONCE)
         groups = [missing[start : start + rows] for start in range(0, len(missing), rows)]
         bar = comfy.utils.ProgressBar(len(groups) * studio.steps)
         for some in groups:
@@ -116,7 +110,7 @@ def hooked(model: Any, layout: Layout, vectors: Tensor) -> Iterator[None]:
 def _paint(studio: Studio, layout: Layout, vectors: Tensor, progress: Callable[[], None]) -> Tensor:
     """Pictures [B, H, W, 3] of bytes, all from the same noise, so that they differ in who it is alone."""
     model, count = studio.model, len(vectors)
-    empty = torch.zeros(1, *_latent_shape(studio))
+    empty = torch.zeros(1, *latent_shape(model, studio.side))
     noise = comfy.sample.prepare_noise(empty, studio.seed).expand(count, -1, -1, -1).contiguous()
 
     def each(*_: Any) -> None:
@@ -130,19 +124,4 @@ def _paint(studio: Studio, layout: Layout, vectors: Tensor, progress: Callable[[
             model, noise, studio.steps, studio.guidance, SAMPLER, SCHEDULER, studio.positive, negative,
             empty.expand(count, -1, -1, -1).contiguous(), callback=each, disable_pbar=True, seed=studio.seed,
         )  # fmt: skip
-    pictures = studio.vae.decode(latents)
-    if pictures.ndim == 5:  # VAEs of videos
-        pictures = pictures.reshape(-1, *pictures.shape[-3:])
-    return (pictures[..., :3].float().clamp(0, 1) * 255).round().to("cpu", torch.uint8)
-
-
-def _latent_shape(studio: Studio) -> tuple[int, int, int]:
-    latents = studio.model.model.latent_format
-    # Hosts of 2025 do not say; they know the factor of 8 only.
-    side = studio.side // getattr(latents, "spacial_downscale_ratio", 8)
-    return latents.latent_channels, side, side
-
-
-def _rows(studio: Studio) -> int:
-    shape = (AT_ONCE * 2, *_latent_shape(studio))
-    return max(1, plan_run(studio.model, shape, gradients=False).rows // 2)
+    return decoded(studio.vae, latents)

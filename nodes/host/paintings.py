@@ -18,16 +18,15 @@ import comfy.utils
 import folder_paths
 import torch
 from PIL import Image
-from torch import Tensor
 
 from ...w2wpp import Identity, Space, save_identity
 from ...w2wpp.errors import ConfigError
 from ...w2wpp.files.pictures import save_picture
 from ...w2wpp.files.writing import replacing
-from .crowd import SAMPLER, SCHEDULER, hooked
+from .crowd import hooked
+from .easel import SAMPLER, SCHEDULER, decoded, latent_shape, rows_at_once, side_of
 from .fingerprints import fingerprint, model_fingerprint, vae_fingerprint
-from .model import check_fit, grid, usual_size
-from .plan import plan_run
+from .model import check_fit
 
 AT_ONCE = 4  # rows that are painted together at most
 PEOPLE, TABLE = "people.safetensors", "painted.csv"
@@ -50,9 +49,7 @@ class Painter:
     @property
     def side(self) -> int:
         """Side of the paintings in pixels, a multiple of what the UNet needs."""
-        cell = grid(self.model)
-        side = self.size or min(usual_size(self.model), LARGEST)
-        return max(cell, round(side / cell) * cell)
+        return side_of(self.model, self.size, LARGEST)
 
     def folder(self, space: Space) -> Path:
         """Where its paintings of a space lie: another model, prompt or size has another folder."""
@@ -83,7 +80,7 @@ def paint_people(
     jobs = [(i, s) for i in range(len(people)) for s in range(scenes)]
     missing = [job for job in jobs if not _file(folder, *job).exists()]
     done, started, first = len(jobs) - len(missing), time.monotonic(), len(jobs) - len(missing)
-    rows = _rows(painter)
+    rows = rows_at_once(painter.model, painter.side, AT_ONCE)
     told(done, len(jobs), f"{done} of {len(jobs)} paintings are there", None)
     for scene in range(scenes):  # one prompt at a time, for the rows of a batch share it
         own = [job for job in missing if job[1] == scene]
@@ -114,7 +111,7 @@ def _paint(
     model, scene = painter.model, painter.scenes[jobs[0][1] % len(painter.scenes)]
     with torch.inference_mode(False), torch.no_grad():
         vectors = torch.cat([people[person].vectors(space) for person, _ in jobs])
-    empty = torch.zeros(1, *_latent_shape(painter))
+    empty = torch.zeros(1, *latent_shape(model, painter.side))
     noise = torch.cat(
         [comfy.sample.prepare_noise(empty, painter.seed + 1 + s + 8 * p) for p, s in jobs]
     )
@@ -130,31 +127,7 @@ def _paint(
             model, noise, painter.steps, guidance, SAMPLER, SCHEDULER, scene, negative,
             torch.zeros_like(noise), callback=each, disable_pbar=True, seed=painter.seed,
         )  # fmt: skip
-    return [_image(picture) for picture in _decoded(painter.vae, latents)]
-
-
-def _decoded(vae: Any, latents: Tensor) -> Tensor:
-    pictures = vae.decode(latents)
-    if pictures.ndim == 5:  # VAEs of videos
-        pictures = pictures.reshape(-1, *pictures.shape[-3:])
-    return pictures
-
-
-def _image(picture: Tensor) -> Image.Image:
-    pixels = (picture[..., :3].float().clamp(0, 1) * 255).round().to("cpu", torch.uint8)
-    return Image.fromarray(pixels.numpy(), "RGB")
-
-
-def _latent_shape(painter: Painter) -> tuple[int, int, int]:
-    latents = painter.model.model.latent_format
-    # Hosts of 2025 do not say; they know the factor of 8 only.
-    side = painter.side // getattr(latents, "spacial_downscale_ratio", 8)
-    return latents.latent_channels, side, side
-
-
-def _rows(painter: Painter) -> int:
-    shape = (AT_ONCE * 2, *_latent_shape(painter))
-    return max(1, min(AT_ONCE, plan_run(painter.model, shape, gradients=False).rows // 2))
+    return [Image.fromarray(picture.numpy(), "RGB") for picture in decoded(painter.vae, latents)]
 
 
 def draw_people(space: Space, count: int, seed: int) -> Identity:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -244,9 +245,10 @@ def test_a_click_paints_one_picture_and_says_what_it_took(host: Host, page: Any)
     wait_for_faces(page)
     wait_for_picture(page, host, before)
     clicks, paintings = [], []
-    for number in (4, 7, 10):
+    for number in (4, 7, 10, 13, 6):
         before, saved, started = newest(host), pictures_saved(host), time.monotonic()
-        face(page, number).click()
+        # As the browser has it: the driver's own click waits for the page to hold still first.
+        face(page, number).evaluate("button => button.click()")
         wait_for_picture(page, host, before)
         clicks.append(time.monotonic() - started)
         page.wait_for_timeout(500)
@@ -264,7 +266,10 @@ def test_a_click_paints_one_picture_and_says_what_it_took(host: Host, page: Any)
         wait_for_picture(page, host, before)
         paintings.append(time.monotonic() - started)
         page.wait_for_timeout(500)
-    print(f"click to picture {min(clicks):.2f} s, painting {min(paintings):.2f} s")
+    ratio = statistics.median(c / p for c, p in zip(clicks, paintings))
+    print(
+        f"click to picture {min(clicks):.2f} s, painting {min(paintings):.2f} s, ratio {ratio:.2f}"
+    )
 
 
 def test_the_family_tree_in_the_browser_is_the_librarys(page: Any) -> None:

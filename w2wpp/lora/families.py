@@ -10,6 +10,7 @@ which is exact: rows of an update B A are those rows of B.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ import torch
 from .delta import Factors
 
 UNKNOWN = "unknown"
+NAMES = 1 << 15  # that are remembered; a host's table of one model has some thousand
 PREFIXES = (
     "base_model.model.", "model.diffusion_model.", "diffusion_model.", "lora_unet_", "lora_transformer_",
     "lycoris_", "transformer.", "unet.",
@@ -44,6 +46,11 @@ _COMPOUND = sorted(
     key=len,
     reverse=True,
 )
+# As they read with a dot for every underscore.
+_WRITTEN = [
+    (re.compile(rf"(?<![^.]){re.escape(word.replace('_', '.'))}(?![^.])"), word)
+    for word in _COMPOUND
+]
 _DIFFUSERS_TRANSFORMER = re.compile(
     r"(single_)?transformer_blocks[._]\d+[._]|layers[._]\d+[._]attention[._]to_"
 )
@@ -94,6 +101,7 @@ _LONE = {
 }  # fmt: skip
 
 
+@functools.lru_cache(NAMES)  # every click asks for those of a whole model again
 def module_name(spelled: str) -> str:
     """A module as a key of a file or of a host spells it -> its plain name, with dots where they are known."""
     if is_of_text_encoder(spelled):
@@ -125,8 +133,8 @@ def dotted(underscored: str) -> str:
     if not re.match(known, underscored) and not _DIFFUSERS_TRANSFORMER.match(underscored):
         return underscored
     name = underscored.replace("_", ".")
-    for word in _COMPOUND:
-        name = re.sub(rf"(?<![^.]){re.escape(word.replace('_', '.'))}(?![^.])", word, name)
+    for written, word in _WRITTEN:
+        name = written.sub(word, name)
     return name
 
 

@@ -10,6 +10,8 @@ const MIN_HEIGHT = 400;
 const NONE = "none";
 const PROPERTY = "w2wpp_sliders"; // what the last run said: a hint that survives a reload, no state
 
+const shown = (image, text) => make("figure", {}, image, make("figcaption", {}, text));
+
 class Panel {
   constructor(node) {
     this.node = node;
@@ -17,7 +19,6 @@ class Panel {
     this.rows = Array.from({ length: PLACES }, (_, i) => this.makeRow(i + 1));
     this.before = make("img", { alt: this.say.before });
     this.after = make("img", { alt: this.say.after });
-    const shown = (image, text) => make("figure", {}, image, make("figcaption", {}, text));
     this.strip = make("div", { class: "w2wpp-strip" }, shown(this.before, this.say.before), shown(this.after, this.say.after));
     const reset = make("button", { type: "button", onclick: () => this.reset() }, this.say.resetAll);
     const legend = make("span", { class: "w2wpp-status" }, this.say.range);
