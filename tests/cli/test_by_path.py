@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -15,6 +16,7 @@ import pytest
 import torch
 
 from w2wpp import commands, save_lora
+from w2wpp.cli.main import build_parser
 from w2wpp.training.dataset import write_dataset
 
 ROOT = Path(__file__).parents[2]
@@ -61,6 +63,41 @@ def test_what_a_message_names_can_be_pasted(pack, tmp_path, dataset):
     more = ["data.safetensors", "--components", "2", "-o", "basis.safetensors"]
     status, _, err = run([*line, *more], tmp_path)
     assert status == 0 and (tmp_path / "basis.safetensors").is_file(), err
+
+
+def spoken(path):
+    """(line, text) of every string of a source that is no docstring."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    described = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    docstrings = {
+        id(node.body[0].value)
+        for node in ast.walk(tree)
+        if isinstance(node, described) and node.body and isinstance(node.body[0], ast.Expr)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            if id(node) not in docstrings:
+                yield node.lineno, node.value
+
+
+@pytest.mark.parametrize("room", ["w2wpp", "nodes"])
+def test_messages_name_commands_in_the_form_that_works(room):
+    """`commands.command` knows where the pack lies; a bare `w2wpp fit-start` runs only where it is installed."""
+    (verbs,) = (a.choices for a in build_parser()._actions if isinstance(a.choices, dict))
+    bare = re.compile(rf"w2wpp ({'|'.join(map(re.escape, verbs))})\b")
+    found = [
+        f"{path.relative_to(ROOT)}:{line}: {text}"
+        for path in sorted((ROOT / room).rglob("*.py"))
+        for line, text in spoken(path)
+        if path.name != "commands.py" and bare.search(text) and not bare.fullmatch(text)
+    ]
+    # A whole string is what a file says it was made by.
+    assert [line for line in found if "avatars" not in line.split(":")[0]] == []
+
+
+def test_the_search_for_bare_commands_finds_one(tmp_path):
+    (tmp_path / "a.py").write_text('"""w2wpp info"""\nX = f"run w2wpp info {1} first"\n')
+    assert [text for _, text in spoken(tmp_path / "a.py")] == ["run w2wpp info ", " first"]
 
 
 def test_its_processes_find_it_too(pack, tmp_path, dataset):

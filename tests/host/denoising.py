@@ -51,16 +51,12 @@ STEP = 0.02  # of the finite differences
 
 def space_of(family: str, spelled: str) -> Any:
     """A space of four random LoRAs of ranks 1 to 4, in the model's own names or in diffusers' parts of them."""
-    g = torch.Generator().manual_seed(5)
     loras = {}
-    for rank in range(1, 5):
+    for rank, made in zip(weights.RANKS, weights.random_loras(family)):
         update = {}
-        for name, (size_out, size_in, *kernel) in weights.INVERTED[family].items():
-            down = torch.randn(rank, size_in, *kernel, generator=g)
-            down = down / down[0].numel() ** 0.5
-            up = torch.randn(size_out, rank, *[1] * len(kernel), generator=g) / rank
-            parts = {name: lora.Factors(down, up)}
-            update |= split(name, parts[name]) if spelled == "parts" and not kernel else parts
+        for name, (down, up) in made.items():
+            parts = {name: lora.Factors(down, up / rank)}
+            update |= split(name, parts[name]) if spelled == "parts" and down.ndim == 2 else parts
         loras[str(rank)] = update
     return fitting.fit_delta(members_of(loras), fitting.CollectionSettings(rank=16))[0]
 

@@ -17,7 +17,7 @@ from w2wpp import load_identity, load_space
 
 from .graphs import Graph, Link
 from .server import REPO, Host, PromptFailed, find_host
-from .weights import INVERTED
+from .weights import INVERTED, RANKS, random_loras
 
 TAUGHT = {"SDXL": 160, "SD3": 200, "Flux": 250, "QwenImage": 200}  # steps
 
@@ -88,15 +88,12 @@ class FamilyGraph(Graph):
 
 
 def write_collection(folder: Path, family: str) -> None:
-    g = torch.Generator().manual_seed(5)
     folder.mkdir(parents=True, exist_ok=True)
-    for rank in range(1, 5):
+    for rank, lora in zip(RANKS, random_loras(family)):
         tensors = {}
-        for weight, (size_out, size_in, *kernel) in INVERTED[family].items():
+        for weight, (down, up) in lora.items():
             key = f"diffusion_model.{weight}"
-            down = torch.randn(rank, size_in, *kernel, generator=g)
-            up = torch.randn(size_out, rank, *[1] * len(kernel), generator=g)
-            tensors[f"{key}.lora_down.weight"] = down / down[0].numel() ** 0.5
+            tensors[f"{key}.lora_down.weight"] = down
             tensors[f"{key}.lora_up.weight"] = up
             tensors[f"{key}.alpha"] = torch.tensor(1.0)
         save_file(tensors, folder / f"{rank}.safetensors")

@@ -1,4 +1,11 @@
-"""Weights of the reduced models (probe), by the original code's names, that tests make LoRAs of."""
+"""Weights of the reduced models (probe), by the original code's names, and the random LoRAs that tests make of them."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+RANKS = (1, 2, 3, 4)
 
 # [out, in] of some linear weights, and [out, in, height, width] of convolutions.
 INVERTED = {
@@ -30,3 +37,15 @@ INVERTED = {
         "blocks.1.ffn.0": (128, 96),
     },
 }
+
+
+def random_loras(family: str) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+    """A LoRA {weight: (A, B)} of each rank, a scale of 1 / rank still to come; kernels as the weights have them."""
+    g = torch.Generator().manual_seed(5)
+    for rank in RANKS:
+        lora = {}
+        for name, (size_out, size_in, *kernel) in INVERTED[family].items():
+            down = torch.randn(rank, size_in, *kernel, generator=g)
+            up = torch.randn(size_out, rank, *[1] * len(kernel), generator=g)
+            lora[name] = (down / down[0].numel() ** 0.5, up)
+        yield lora
