@@ -152,11 +152,11 @@ def measure(model: str, rounds: int, steps: int, size: int) -> dict[str, Any]:
 
 def table(result: dict[str, Any]) -> str:
     low, high = result["apply_over_stock_low_high"]
+    size = f"{result['pixels']} x {result['pixels']}"
     apply, stock = (statistics.median(result["seconds"][way]) for way in ("apply", "stock"))
     return "\n".join(
         [
-            f"| {result['model']}, {result['sampler_steps']} sampler steps at {result['pixels']} x {result['pixels']} | "
-            "measured | goal |",
+            f"| {result['model']}, {result['sampler_steps']} sampler steps at {size} | measured | goal |",
             "|---|---|---|",
             f"| whole prompt with Apply Decoded LoRA | {apply:.2f} s | |",
             f"| whole prompt with the host's Load LoRA | {stock:.2f} s | |",

@@ -158,6 +158,23 @@ def test_a_cut_is_the_best_of_its_rank_and_says_what_it_keeps(direct, monkeypatc
     torch.testing.assert_close(short.down.norm(dim=1), short.up.norm(dim=0))
 
 
+@pytest.mark.parametrize("dependent", ["neither", "A", "B", "both"])
+def test_a_cut_of_dependent_factors_is_the_svd_of_their_product(dependent):
+    g = generator(6)
+    f = Factors(torch.randn(8, 30, generator=g), torch.randn(20, 8, generator=g), 0.3)
+    if dependent in ("A", "both"):
+        f.down[5:] = f.down[:3] + f.down[1:4]
+    if dependent in ("B", "both"):
+        f.up[:, 6:] = f.up[:, :2] * 2
+    u, s, vt = torch.linalg.svd(f.dense())
+    for rank in (3, 5, 8):
+        short, kept = cut(f, rank)
+        best = (u[:, :rank] * s[:rank]) @ vt[:rank]
+        torch.testing.assert_close(short.dense(), best, atol=2e-6 * float(s[0]), rtol=0)
+        assert kept == pytest.approx(float(s[:rank].square().sum()), rel=1e-6)
+        assert torch.isfinite(short.down).all() and torch.isfinite(short.up).all()
+
+
 def test_a_cut_to_more_than_there_is_is_exact_and_padded():
     g = generator(5)
     f = Factors(torch.randn(2, 9, generator=g), torch.randn(5, 2, generator=g), 1.5)

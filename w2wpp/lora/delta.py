@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..arrays import is_finite
 from ..errors import DataError
 
 EXACT_RANK = 512  # up to this many stacked ranks, products are taken in double precision as well
@@ -26,6 +27,7 @@ WHOLE = 1 << 22  # numbers of multiplied-out updates at a time
 THIN = 1.5  # how much longer an operation takes where it makes a large matrix of thin factors
 DIRECT = 384  # smallest side of a stack up to which its SVD is taken as a whole
 INDEPENDENT = 1e-4  # smallest pivot of a factor's root, beside the largest, at which it is used
+LEAST_SQUARE = 1e-14  # of a squared singular value, beside the largest, that is not rounding
 OVERSAMPLING, ITERATIONS = 16, 3  # of the subspace iteration beyond that
 
 
@@ -235,7 +237,7 @@ def cut(f: Factors, rank: int) -> tuple[Factors, float]:
     new_up = torch.zeros(size_out, rank, device=f.up.device)
     if not smallest:
         return Factors(new_down, new_up), 0.0
-    if not bool(torch.isfinite(f.up * f.scale).all() and torch.isfinite(f.down).all()):
+    if not is_finite(f.up * f.scale) or not is_finite(f.down):
         raise DataError(
             "An update to cut to a rank holds NaN, infinite or overflowing numbers: its weights or the LoRAs that it "
             "is made of are out of range."
@@ -253,22 +255,25 @@ def cut(f: Factors, rank: int) -> tuple[Factors, float]:
 
 
 def _svd(f: Factors, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """u [out, k], s [k], vt [k, in] of dW, k at most the rank: an SVD between the roots of the factors' Gram matrices.
+    """u [out, k], s [k], vt [k, in] of dW, k at most the rank, by the eigenvectors of dW dW^T within B's columns.
 
-    With B^T B = L L^T and A A^T = M M^T, B L^-T and M^-1 A are orthonormal and dW lies between them as L^T M. Where
-    the factors are nearly dependent, which roots square, QR decompositions take their place.
+    With B^T B = L L^T, Q = B L^-T is orthonormal and dW dW^T = Q (L^T A A^T L) Q^T. That squares singular values: in
+    double precision those below 1e-7 of the largest are rounding, and become zero. Where B's columns are nearly
+    dependent, which roots square, QR decompositions take their place.
     """
     a, b = f.down.double(), f.up.double() * f.scale
-    root_b, root_a = _root(b.T @ b), _root(a @ a.T)
-    if root_b is None or root_a is None:
+    root = _root(b.T @ b)
+    if root is None:
         q_b, r_b = torch.linalg.qr(b)
         q_a, r_a = torch.linalg.qr(a.T)
         u, s, vt = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
         return q_b @ u[:, :rank], s[:rank], vt[:rank] @ q_a.T
-    u, s, vt = torch.linalg.svd(root_b.T @ root_a)
-    left = torch.linalg.solve_triangular(root_b.T, u[:, :rank], upper=True)
-    right = torch.linalg.solve_triangular(root_a.T, vt[:rank].T, upper=True)
-    return b @ left, s[:rank], right.T @ a
+    squares, u = torch.linalg.eigh(root.T @ (a @ a.T) @ root)
+    squares, u = squares.flip(0)[:rank].clamp_min(0), u.flip(1)[:, :rank]
+    s = torch.where(squares > LEAST_SQUARE * squares[0], squares.sqrt(), 0.0)
+    left = b @ torch.linalg.solve_triangular(root.T, u, upper=True)
+    inverse = torch.where(s > 0, 1 / s, 0.0)
+    return left, s, inverse[:, None] * ((root @ u).T @ a)
 
 
 def _root(gram: Tensor) -> Tensor | None:
