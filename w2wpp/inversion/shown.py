@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..commands import command
 from ..errors import ConfigError
 from ..start_network import StartNetwork
 
@@ -25,7 +26,7 @@ def shown(start: StartNetwork | None, energy: float) -> Tensor:
     if start is None or not len(start.spread) or not bool(start.spread.any()):
         raise ConfigError(
             "This recipe takes steps only along what shows, and the space has no start network that says what does. "
-            "W2W++ Train Start Network or `w2wpp fit-start` makes one."
+            f"W2W++ Train Start Network makes one, or the command '{command('fit-start')}'."
         )
     spread = start.spread.detach().float().cpu()
     _, strength, directions = torch.linalg.svd(spread, full_matrices=False)
