@@ -376,7 +376,7 @@ MEASURES: dict[str, tuple[Callable[[Path, int], list[Row]], int]] = {
     "true": (measure_true, W2W_ROWS),
     "vae": (measure_vae, 4000),
     "batch": (measure_batch, 16_000),
-    "ranks": (measure_ranks, 5000),
+    "ranks": (measure_ranks, 20_000),
     "files": (measure_files, 128),
     "gpu": (measure_gpu, W2W_ROWS),
 }

@@ -112,6 +112,9 @@ def ridge_regression(
     return input_mean, (centred.T @ dual).to(inputs.dtype), target_mean
 
 
+_CACHED = 1 << 20  # numbers
+
+
 class ColumnSums:
     """Streamed moments of columns: sums of x [n, p] and x^2 about an origin [p], in double precision.
 
@@ -125,9 +128,11 @@ class ColumnSums:
 
     def add(self, x: Tensor) -> None:
         """Count some rows x [n, p] in."""
-        x = x - self.origin
-        self.total += x.sum(0, dtype=torch.float64)
-        self.squares += x.square_().sum(0, dtype=torch.float64)
+        # A few rows at a time, whose differences stay in the processor's cache.
+        for part in x.split(max(1, _CACHED // max(1, len(self.origin)))):
+            part = part - self.origin
+            self.total += part.sum(0, dtype=torch.float64)
+            self.squares += part.square_().sum(0, dtype=torch.float64)
 
     def about_the_mean(self, n: int) -> tuple[Tensor, Tensor]:
         """Mean [p] of n rows, and the sum of their squares about it [p]."""

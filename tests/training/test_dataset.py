@@ -45,6 +45,20 @@ def test_chunks_cover_the_rows_in_bounded_pieces(dataset, tmp_path, monkeypatch)
     assert torch.equal(torch.cat(parts), dataset.vectors(dataset.training_rows))
 
 
+def test_chunks_may_take_turns_in_the_same_memory(dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "CHUNK_BYTES", 7 * 4 * dataset.layout.size)
+    monkeypatch.setattr(module, "READ_BYTES", 3 * 4 * dataset.layout.size)
+    rows = dataset.training_rows[torch.randperm(len(dataset.training_rows))]
+    for source in (dataset, store(dataset, tmp_path / "d")):
+        seen, places = [], set()
+        for some, w in module.ahead(source.chunks(rows, buffers=2)):
+            seen.append(w.clone())
+            places.add(w.data_ptr())
+            w.fill_(torch.nan)  # the caller's own until the next one
+            assert torch.equal(some, rows[sum(map(len, seen[:-1])) :][: len(w)])
+        assert torch.equal(torch.cat(seen), dataset.vectors(rows)) and len(places) == 2
+
+
 def test_streamed_writing_gives_the_same_file(dataset, tmp_path):
     store(dataset, tmp_path / "a")
     store(dataset, tmp_path / "b", iter(dataset.vectors().split(11)))

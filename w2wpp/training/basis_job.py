@@ -82,8 +82,8 @@ class Job:
         return digest.hexdigest()
 
     def chunks(self, rows: Tensor) -> Iterator[Tensor]:
-        """This rank's part of some rows, read ahead."""
-        return (w for _, w in ahead(self.data.chunks(self.ranks.mine(rows))))
+        """This rank's part of some rows, read ahead: each is the caller's until the next one is asked for."""
+        return (w for _, w in ahead(self.data.chunks(self.ranks.mine(rows), buffers=2)))
 
     def finished(self, basis: Basis, c: Coefficients | None, how: dict[str, Any]) -> FittedBasis:
         """The result with its report; coefficients that are not known yet are computed, in one reading."""

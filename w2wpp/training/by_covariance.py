@@ -52,7 +52,7 @@ def _second_moments(job: Job, saved: Saved) -> tuple[Tensor, Tensor]:
     for i, w in enumerate(job.chunks(job.data.training_rows)):
         if i < first:
             continue
-        x = job.compute.put(w) - origin
+        x = job.compute.put(w).sub_(origin)
         sums["sum"] += column_sums(x)
         with job.compute.products():
             sums["products"] += x.T @ x

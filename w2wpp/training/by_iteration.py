@@ -132,7 +132,9 @@ class _Rows:
             w = self.job.compute.put(w)
             if keep:
                 self.kept.append(w)
-            yield (w - self.mean) * self.inverse
+                yield (w - self.mean) * self.inverse
+            else:
+                yield w.sub_(self.mean).mul_(self.inverse)
         self.whole = keep
 
     def _fits(self) -> bool:

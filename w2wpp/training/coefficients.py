@@ -65,14 +65,15 @@ def project_dataset(
     outside = torch.zeros(len(dataset))
     moved = basis.to(compute.device)
     scales = moved.singular_values.double()
-    for rows, w in ahead(dataset.chunks(ranks.mine(torch.arange(len(dataset))))):
+    everyone = ranks.mine(torch.arange(len(dataset)))
+    for rows, w in ahead(dataset.chunks(everyone, buffers=2)):
         w = compute.put(w)
         with compute.products():
             c = moved.project(w).float()
         inside = (c.double() * scales).square().sum(1)
         values[rows] = c.cpu()
         if isinstance(moved, Basis):  # an affine one leaves nothing outside
-            energy = moved.energy(w - moved.mean)
+            energy = moved.energy(w.sub_(moved.mean))
             outside[rows] = (energy - inside).clamp_min(0).float().cpu()
     return Coefficients(
         dataset.layout,

@@ -35,6 +35,7 @@ FORMAT = "w2wpp.dataset"
 KEPT = "vectors.kept_energy"  # behind "vectors", because tensors are written in the order of their names
 RowsFrom = Callable[[int], Iterator[Tensor]]  # chunks [n, P] from a row on
 CHUNK_BYTES = 128 << 20  # of single-precision vectors held at a time
+READ_BYTES = 16 << 20  # of them read at a time, into memory that is used again and again
 PRECISIONS = {"single": torch.float32, "half": torch.float16}  # of vectors in files
 
 
@@ -92,14 +93,22 @@ class VectorDataset:
         """Row numbers [n] of people who only measure."""
         return torch.nonzero(self.heldout).flatten()
 
-    def vectors(self, rows: Tensor | Sequence[int] | None = None) -> Tensor:
-        """w [n, P] of some rows in the order asked for, or of all."""
+    def vectors(
+        self, rows: Tensor | Sequence[int] | None = None, *, out: Tensor | None = None
+    ) -> Tensor:
+        """w [n, P] of some rows in the order asked for, or of all; written to ``out`` [n, P] if that is given."""
         wanted = torch.arange(len(self)) if rows is None else torch.as_tensor(rows).long()
         if isinstance(self.source, Tensor):
-            return self.source[wanted].float()
-        out = torch.empty(len(wanted), self.layout.size)
-        for i, (start, stop) in _runs(wanted):
-            out[i : i + stop - start] = self.source.read_rows("vectors", start, stop)
+            found = self.source[wanted].float()
+            return found if out is None else out.copy_(found)
+        if out is None:
+            out = torch.empty(len(wanted), self.layout.size)
+        at_once = max(1, READ_BYTES // (4 * self.layout.size))
+        for i, (first, last) in _runs(wanted):
+            for start in range(first, last, at_once):
+                stop = min(start + at_once, last)
+                where = slice(i + start - first, i + stop - first)
+                out[where] = self.source.read_rows("vectors", start, stop)
         return out
 
     def columns(self, rows: Tensor, start: int, stop: int) -> Tensor:
@@ -108,12 +117,20 @@ class VectorDataset:
             return self.source[rows, start:stop].float()
         return self.source.read_columns("vectors", rows.tolist(), start, stop).float()
 
-    def chunks(self, rows: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        """(row numbers [n], w [n, P]) a bounded number of bytes at a time."""
+    def chunks(
+        self, rows: Tensor | None = None, *, buffers: int = 0
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """(row numbers [n], w [n, P]) a bounded number of bytes at a time.
+
+        With ``buffers`` so many chunks live at a time: each is overwritten that many chunks later. Fresh memory for
+        every chunk costs more than reading it, because the system hands it out page by page.
+        """
         wanted = torch.arange(len(self)) if rows is None else rows
-        per_chunk = max(1, CHUNK_BYTES // (4 * self.layout.size))
-        for part in wanted.split(per_chunk):
-            yield part, self.vectors(part)
+        per_chunk = min(max(1, CHUNK_BYTES // (4 * self.layout.size)), max(1, len(wanted)))
+        kept = [torch.empty(per_chunk, self.layout.size) for _ in range(buffers)]
+        for i, part in enumerate(wanted.split(per_chunk)):
+            out = kept[i % buffers][: len(part)] if kept else None
+            yield part, self.vectors(part, out=out)
 
 
 def load_dataset(path: str | os.PathLike[str]) -> VectorDataset:
