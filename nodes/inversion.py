@@ -275,7 +275,9 @@ class InvertFromImage(io.ComfyNode):
             )
             watch = Watch(model, cls.hidden.unique_id)
             watch.draw(framed_preview(image, framed))
-            repaint = repaint and space.start is not None  # else nobody reads the painting
+            if repaint and space.start is None:
+                remarks += ("Not painted again: the space has no start network to compare with.",)
+            repaint = repaint and space.start is not None
             solution, found, report = _solve(
                 session, model, positive, watch, preview_every, repaint
             )

@@ -292,6 +292,7 @@ class SD15Graph(Graph):
         inverted = self.add("W2WPP_InvertFromImage", **{**self.inputs, **changed})
         shown = self.add("PreviewAny", source=[inverted, 2])
         (report,) = host.run(self.nodes).outputs[shown]["text"]
+        assert "Not painted again: the space has no start network" in report
         return float(report.split("Loss ")[1].split(" to ")[0])
 
 

@@ -77,6 +77,23 @@ def test_help_page_is_served_and_names_every_input_and_output(
         assert f"| `{word}` |" in page.decode()
 
 
+@pytest.mark.parametrize(
+    "page",
+    sorted((REPO / "web" / "docs").glob("*/*.md")),
+    ids=lambda p: f"{p.parent.name}-{p.stem}",
+)
+def test_translated_help_is_served_and_names_every_input_and_output(
+    host: Host, object_info: dict, page
+) -> None:
+    name, info = page.parent.name, object_info[page.parent.name]
+    folder = info["python_module"].split(".")[1]
+    served = host.get(f"/extensions/{folder}/docs/{name}/{page.name}")
+    assert served == page.read_bytes()
+    assert (REPO / "locales" / page.stem).is_dir()
+    for word in [*declared(info), *info["output_name"]]:
+        assert f"| `{word}` |" in served.decode()
+
+
 def test_texts_are_served_in_every_language_for_every_node(host: Host, object_info: dict) -> None:
     expected = english(object_info)
     assert json.loads(ENGLISH.read_text(encoding="utf-8")) == expected, (
