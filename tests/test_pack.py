@@ -155,7 +155,8 @@ def test_the_archive_of_the_registry_holds_the_pack_and_no_tests() -> None:
     shipped = {f"models/{n}.safetensors" for n in ("avatars", "avatars-pca", "avatar-base")}
     assert code | beside | shipped <= names
     for folder in ("web/docs", "locales/en", "example_workflows", "subgraphs"):
-        assert {p.relative_to(REPO).as_posix() for p in (REPO / folder).iterdir()} <= names
+        files = {p for p in (REPO / folder).rglob("*") if p.is_file()}
+        assert {p.relative_to(REPO).as_posix() for p in files} <= names
 
 
 def test_the_icon_is_a_square_drawing_of_our_own() -> None:
