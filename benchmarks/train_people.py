@@ -2,9 +2,9 @@
 
     PYTHONPATH=. python benchmarks/train_people.py -o benchmarks/results/train_people.json
 
-Held-out avatars are photographed into a folder each, in scenes of every kind, and trained with the node's own settings
-in a real server under one prompt that says nothing of scenes. `avatars loras` tells each photograph's scene, and has 32
-pilots. Both LoRAs of a person are painted in the same scenes and read by the embedder.
+Held-out avatars are photographed into a folder each, in scenes of every kind, and trained in a real server with as many
+pilots as `avatars loras` has and the node's other settings, under one prompt that says nothing of scenes; `avatars loras`
+tells the scene of each photograph. Both LoRAs of a person are painted in the same scenes and read by the embedder.
 COMFYUI_PATH and COMFYUI_PYTHON name the host, as for the tests.
 """
 
@@ -31,7 +31,7 @@ from w2wpp.training.dataset import load_dataset
 ANYTHING = {"background": "any", "smile": "any", "light": "any"}  # what the prompt says
 SETTINGS = {
     "folder": "input/people", "path": "", "save_as": "benchmark", "trigger_prompt": "", "modules": "attention",
-    "rank": 1, "alpha": 1.0, "steps": 90, "batch": 6, "learning_rate": 0.02, "seed": 2, "pilots": 8, "resolution": 0,
+    "rank": 1, "alpha": 1.0, "steps": 90, "batch": 6, "learning_rate": 0.02, "seed": 2, "pilots": 32, "resolution": 0,
 }  # fmt: skip
 
 
