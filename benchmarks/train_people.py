@@ -2,8 +2,8 @@
 
     PYTHONPATH=. python benchmarks/train_people.py -o benchmarks/results/train_people.json
 
-Held-out avatars are photographed into a folder each, in scenes of every kind, and trained in a real server with as many
-pilots as `avatars loras` has and the node's other settings, under one prompt that says nothing of scenes; `avatars loras`
+Held-out avatars are photographed into a folder each, in scenes of every kind, and trained in a real server with the
+node's settings and as many pilots as `avatars loras` has, under one prompt that says nothing of scenes; `avatars loras`
 tells the scene of each photograph. Both LoRAs of a person are painted in the same scenes and read by the embedder.
 COMFYUI_PATH and COMFYUI_PYTHON name the host, as for the tests.
 """
