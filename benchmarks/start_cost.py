@@ -36,8 +36,10 @@ from typing import Any
 
 import inversion_speed as speed  # enters the host
 import torch
+from PIL import Image
 from publish import publish
 
+easel = speed.in_host.part("nodes.host.easel")
 paintings = speed.in_host.part("nodes.host.paintings")
 fitting = speed.in_host.part("w2wpp.training.fit_paintings")
 start_table = speed.in_host.part("w2wpp.training.start_table")
@@ -79,7 +81,7 @@ class Cost:
         self.painter = paintings.Painter(
             model, open_vae(), scenes, None, size, steps, cfg=1.0, seed=0
         )
-        self.rows = paintings._rows(self.painter)
+        self.rows = easel.rows_at_once(model, self.painter.side, paintings.AT_ONCE)
         self.people = 0
 
     def ours(self) -> Path:
@@ -92,15 +94,16 @@ class Cost:
         """As many pictures by the host alone."""
         import comfy.sample
 
-        painter, shape = self.painter, paintings._latent_shape(self.painter)
+        painter = self.painter
+        shape = easel.latent_shape(painter.model, painter.side)
         for scene in painter.scenes:
             noise = comfy.sample.prepare_noise(torch.zeros(self.rows, *shape), 0)
             latents = comfy.sample.sample(
-                painter.model, noise, painter.steps, 1.0, paintings.SAMPLER, paintings.SCHEDULER, scene, scene,
+                painter.model, noise, painter.steps, 1.0, easel.SAMPLER, easel.SCHEDULER, scene, scene,
                 torch.zeros_like(noise), disable_pbar=True, seed=0,
             )  # fmt: skip
-            for i, picture in enumerate(painter.vae.decode(latents)):
-                save_picture(paintings._image(picture), self.folder / f"bare{i}.png")
+            for i, picture in enumerate(easel.decoded(painter.vae, latents)):
+                save_picture(Image.fromarray(picture.numpy(), "RGB"), self.folder / f"bare{i}.png")
 
     @property
     def pictures(self) -> int:
