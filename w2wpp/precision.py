@@ -11,6 +11,8 @@ from contextlib import AbstractContextManager
 
 import torch
 
+_INSTRUCTIONS = ("avx512_bf16", "amx_tile")  # as PyTorch's questions name them
+
 
 @functools.lru_cache(maxsize=1)
 def cpu_has_bf16() -> bool:
@@ -26,6 +28,3 @@ def quick_products() -> AbstractContextManager[None]:
     the rounding of bf16, far below the 8 bits of a picture.
     """
     return torch.autocast("cpu", torch.bfloat16, enabled=cpu_has_bf16())
-
-
-_INSTRUCTIONS = ("avx512_bf16", "amx_tile")

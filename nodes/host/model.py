@@ -29,12 +29,12 @@ def check_fit(model: Any, layout: Layout) -> dict[str, Target]:
     The host's own map says where a module is, under whatever name its family of models has for it, and for fused
     weights which rows.
     """
-    known = {join_key(name): target for name, target in _host_keys(model).items()}
     if changes_texts(layout):
         raise ConfigError(
             "This identity's space is of text encoders: it changes a CLIP, not a MODEL. Connect 'clip' to W2W++ Apply "
             "Decoded LoRA, or use a space of the model itself."
         )
+    known = {join_key(name): target for name, target in _host_keys(model).items()}
     found, wrong = _placed(layout, known, model.model.state_dict())
     if wrong:
         raise LayoutMismatch(

@@ -162,8 +162,7 @@ def judge(
     """What to think of an answer to framed pictures of one person.
 
     gain: the share of the average person's loss that the person found is spared, if somebody measured it. repaint: what
-    `repainted` says of a painting of the person found. Several pictures are as good as they
-    are on average.
+    `repainted` says of a painting of the person found. Several pictures are as good as they are on average.
     """
     calibration = Calibration.of(start)
     told = {
