@@ -151,7 +151,7 @@ def test_a_reader_learns():
 def test_all_people_are_photographed_under_one_protocol(vae):
     people = sample_identities(2, generator=torch.Generator().manual_seed(3))
     album = Photographs(people, DreamBooth(photographs=3, pictures=3), vae)
-    latents, words, noise, timestep = album.batch(1)
+    latents, words, weights, noise, timestep = album.batch(1)
     assert latents.shape == (6, 4, 16, 16) and words.shape == (6, 4)
     for shared in (words, noise, timestep):
         assert torch.equal(shared[:3], shared[3:])
@@ -165,7 +165,7 @@ def test_own_conditions_do_not_depend_on_the_group(vae):
         Photographs(people, config, vae),
         Photographs(people[1:], config, vae, torch.tensor([1])),
     )
-    noise = together.batch(1)[2]
+    noise = together.batch(1)[3]
     assert not torch.equal(noise[:3], noise[3:])
     for one, two in zip(alone.batch(1), together.batch(1)):
         assert torch.equal(one, two[3:])

@@ -7,12 +7,13 @@ import torch
 import torch.nn.functional as F
 
 from w2wpp.avatars.edition2.framing import WINDOW, compose, crop, inverse, matrix
-from w2wpp.avatars.edition2.renderer import render, render_empty
+from w2wpp.avatars.edition2.renderer import matte, render, render_empty
 from w2wpp.avatars.edition2.scene import (
     FRAMINGS,
     TRAITS,
     WORDS,
     Scene,
+    face_weights,
     sample_identities,
     sample_scenes,
 )
@@ -134,3 +135,20 @@ def test_wrong_shapes_are_named():
     identity, scene = drawn(3)
     with pytest.raises(ValueError, match=r"\(3, 20\)"):
         render(identity[:2], scene)
+
+
+@pytest.mark.parametrize("framing", range(len(FRAMINGS)))
+def test_faces_get_their_share_of_the_loss_whatever_their_size(framing):
+    identity, scene = drawn(6, framing=framing)
+    weights = face_weights(scene, 64, 0.6)
+    assert weights.shape == (6, 1, 64, 64)
+    assert torch.allclose(weights.mean((1, 2, 3)), torch.ones(6), atol=1e-5)
+    assert torch.equal(face_weights(scene, 64, 0.0), torch.ones(6, 1, 64, 64))
+    # What weighs much is of the person, but for a rim, and holds the middle of the face.
+    person = matte(identity, scene, size=64)
+    heavy = weights > weights.mean()
+    assert (person * heavy).sum() > 0.55 * heavy.sum()
+    right, down = ((scene.placement()[:, :2] + 1) / 2 * 64).long().unbind(1)
+    assert heavy[torch.arange(6), 0, down, right].all()
+    in_heads = (weights * heavy).sum((1, 2, 3)) / weights.sum((1, 2, 3))
+    assert (in_heads > 0.6).all(), in_heads

@@ -35,7 +35,7 @@ class AvatarConfig:
     """Architecture of the avatar base. Stored as JSON in its file."""
 
     family: str = "avatar-128"  # what LoRAs and spaces say that they are for
-    channels: tuple[int, ...] = (128, 128)  # multiples of 32: the UNet normalises in 32 groups
+    channels: tuple[int, ...] = (64, 128)  # multiples of 32: the UNet normalises in 32 groups
     layers: int = 1  # residual blocks per level
     context_dim: int = 64  # size of a token
     heads: int = 4  # attention heads

@@ -11,7 +11,6 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ...lora.hooks import loras_applied
@@ -20,7 +19,7 @@ from ...precision import quick_products
 from ...training.people import PeopleLoss
 from .base import AvatarBase
 from .renderer import render
-from .scene import WORDS, Scene, sample_scenes
+from .scene import WORDS, Scene, face_weights, sample_scenes
 from .vae import AvatarVae
 
 
@@ -36,6 +35,7 @@ class DreamBooth:
     momentum: float = 0.9
     clip: float = 1.0  # a step's norm, in multiples of the pilot's average
     average_from: float = 0.75  # the result is the mean of the weights over the rest of the run
+    face_share: float = 0.6  # of the loss, as masks of the person are used in training; the rest is spread evenly
     conditions: Literal["common", "own"] = "common"
 
 
@@ -54,11 +54,11 @@ def people_loss(
     album = Photographs(identity, config, vae, index)
 
     def loss(weights: Tensor, step: int) -> Tensor:
-        latents, words, noise, timestep = album.batch(step)
+        latents, words, weight, noise, timestep = album.batch(step)
         noisy, target = base.schedule.add_noise(latents, noise, timestep)
         with quick_products(), loras_applied(base.unet, layout, weights):
             output = base(noisy, timestep, base.prompt(words))
-        return F.mse_loss(output.float(), target) * len(weights)
+        return (weight * (output.float() - target).square()).mean() * len(weights)
 
     return loss
 
@@ -85,9 +85,14 @@ class Photographs:
             latents = torch.cat([vae.encode(part) for part in pictures.split(64)])
         self.latents = latents.unflatten(0, (self.count, size))
         self.words = joined.words().unflatten(0, (self.count, size))
+        weights = face_weights(joined, latents.shape[-1], config.face_share)
+        self.weights = weights.unflatten(0, (self.count, size))
 
-    def batch(self, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Latents [N*M, 4, h, w], words [N*M, 4], noise and timesteps [N*M] of a step, ordered by person."""
+    def batch(self, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """What a step is about, ordered by person.
+
+        Latents [N*M, 4, h, w], words [N*M, 4], weights of the loss [N*M, 1, h, w], noise and timesteps [N*M].
+        """
         own = self.config.conditions == "own"
         draws = [
             self._draw(step, int(person)) for person in (self.index if own else self.index[:1])
@@ -98,6 +103,7 @@ class Photographs:
         return (
             self.latents[rows, shots].flatten(0, 1),
             self.words[rows, shots].flatten(0, 1),
+            self.weights[rows, shots].flatten(0, 1),
             noise.flatten(0, 1),
             timestep.flatten(),
         )

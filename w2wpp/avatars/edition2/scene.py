@@ -32,6 +32,8 @@ POSE = ("right", "down", "log_scale", "rotation")
 # row is a framing's centre and what one standard deviation of the pose adds.
 _CENTRE = torch.tensor([[0.0, 0.06, 0.0, 0.0], [0.0, -0.14, -0.6, 0.0]])
 _SPREAD = torch.tensor([[0.09, 0.07, 0.09, 0.11], [0.22, 0.09, 0.1, 0.11]])
+# Half width and half height of a head with its hair, and how far its middle is above the face's origin.
+HEAD = (0.7, 0.82, 0.06)
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,24 @@ class Scene:
     def placement(self) -> Tensor:
         """[B, 4] the face's place: right and down in half frames, natural log of its scale, turn in radians."""
         return _CENTRE[self.framing] + _SPREAD[self.framing] * self.pose
+
+
+def face_weights(scene: Scene, size: int, share: float) -> Tensor:
+    """Weights [B, 1, size, size] of mean one for losses over pictures: faces get ``share``, and what an even one gives.
+
+    However small a face is in its frame, so much of the loss is about it.
+    """
+    right, down, log_scale, turn = scene.placement()[:, :, None, None].unbind(1)
+    axis = (torch.arange(size) + 0.5) / size * 2 - 1
+    across = (axis[None, None, :] - right) / log_scale.exp()
+    below = (axis[None, :, None] - down) / log_scale.exp()
+    x = turn.cos() * across + turn.sin() * below
+    y = -turn.sin() * across + turn.cos() * below
+    # An ellipse that holds head and hair, with a soft edge of a tenth of its radius.
+    radius = ((x / HEAD[0]).square() + ((y + HEAD[2]) / HEAD[1]).square()).sqrt()
+    inside = ((1 - radius) / 0.1).sigmoid()
+    even = inside / inside.mean((1, 2), keepdim=True)
+    return (1 + share * (even - 1))[:, None]
 
 
 def poses(placement: Tensor, framing: Tensor) -> Tensor:
