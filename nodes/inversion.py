@@ -3,7 +3,7 @@
 import contextlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +12,9 @@ from comfy_api.latest import io
 
 from .. import w2wpp
 from ..w2wpp import inversion
-from ..w2wpp.diffusion.sampler import sample
 from ..w2wpp.errors import DataError
 from ..w2wpp.inversion.framing import Framed
+from ..w2wpp.inversion.reread import PAINT_STEPS
 from ..w2wpp.inversion.verdict import Verdict, judge, repainted
 from ..w2wpp.start_network import StartNetwork
 from .curve import draw_curve
@@ -34,7 +34,7 @@ PREVIEWS, FEW = (
     8,
     2,
 )  # in a run, unless somebody says how often; with and without ComfyUI's own previews
-PREVIEW_STEPS = 8  # enough to know the face by
+Paint = Callable[[w2wpp.Identity], torch.Tensor]
 UNKNOWN = -1.0  # the confidence where nobody can tell
 
 
@@ -189,7 +189,7 @@ class InvertFromImage(io.ComfyNode):
                     optional=True,
                     tooltip="Whether the person found is painted once more under the prompt, to see whether they look "
                     "like the one in the picture: part of the confidence, where the space has a start network. Costs "
-                    f"{PREVIEW_STEPS} evaluations of the UNet and one decoding.",
+                    f"{PAINT_STEPS} evaluations of the UNet and one decoding.",
                     **advanced(),
                 ),
             ],
@@ -321,7 +321,11 @@ def _solve(
     session, schedule = session.to(plan.device), noise_schedule(model)
     with denoiser(model, session.space.layout, prompt, plan) as denoise:
         watch.show(0, recipe.steps, f"{plan}")
-        paint = _Painter(session, denoise, schedule)
+
+        def paint(someone: w2wpp.Identity) -> torch.Tensor:
+            """Latents [1, C, H, W] as the model sees them."""
+            return session.painted(denoise, schedule, someone.z, someone.residual)
+
         watcher = _Watcher(session, watch, paint, preview_every)
         with watcher.keeping_the_best():
             solution = session.solve(denoise, schedule, micro_batch=plan.rows, callback=watcher)
@@ -384,33 +388,11 @@ def _on_cpu(identity: w2wpp.Identity) -> w2wpp.Identity:
     return w2wpp.Identity(identity.z.cpu(), identity.space_fingerprint, residual, how)
 
 
-class _Painter:
-    """Paints people under the prompt of an inversion, always from the same noise."""
-
-    def __init__(
-        self, session: inversion.Session, denoise: Denoiser, schedule: inversion.Schedule
-    ) -> None:
-        self._space, self._denoise, self._schedule = session.space, denoise, schedule
-        shape = (1, *session.pictures.shape[1:])
-        generator = torch.Generator().manual_seed(session.seed)
-        self._noise = torch.randn(shape, generator=generator).to(denoise.plan.device)
-
-    def __call__(self, identity: w2wpp.Identity) -> torch.Tensor:
-        """Latents [1, C, H, W] as the model sees them."""
-        vector = self._space.decode(identity.z, identity.residual)
-        return sample(
-            lambda x, timestep: self._denoise(x, timestep, vector),
-            self._noise,
-            self._schedule,
-            PREVIEW_STEPS,
-        )
-
-
 class _Watcher:
     """Shows how it goes after every step, and saves the best so far if it ends early."""
 
     def __init__(
-        self, session: inversion.Session, watch: Watch, paint: _Painter, preview_every: int
+        self, session: inversion.Session, watch: Watch, paint: Paint, preview_every: int
     ) -> None:
         self._watch, self._paint = watch, paint
         steps = session.recipe.steps

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from ..files.writing import write_text
-from ..spacefile import load_space, save_directions
+from ..spacefile import load_space, save_directions, save_start
 from ..training.dataset import VectorDataset, load_dataset
 from ..training.directions import report, space_directions
 from .build import spaces, start
+from .build import teach as teaching
 from .build.catalogue import catalogue
 from .build.dreambooth import DreamBooth
 from .build.loras import LoraSet, build_loras
@@ -141,6 +142,30 @@ def make_start(
     paths = [*space, *(map(world.at, SHIPPED) if ship else ())]
     written = [start.add_start(path, network, dataset, _studio(world)) for path in paths]
     return {"written": [str(path) for path in written]}
+
+
+def make_teach(
+    world: World,
+    log: Log,
+    *,
+    space: Sequence[Path] = (),
+    output: Path | None = None,
+    people: int | None = None,
+    workers: int,
+) -> Made:
+    """Copies of space files with start networks that learned from paintings of the spaces' own people alone."""
+    config, folder = teaching.Teaching(), output or world.at("work/taught")
+    config = replace(config, people=people or config.people)
+    made: Made = {}
+    for path in space or map(world.at, SHIPPED):
+        paintings = world.work / "paintings" / load_space(path).fingerprint[:12]
+        start, frame, report = teaching.teach(
+            path, _studio(world), paintings, config, workers=workers, callback=log
+        )
+        folder.mkdir(parents=True, exist_ok=True)
+        save_start(path, folder / path.name, start, frame=frame)
+        made[path.stem] = {"written": str(folder / path.name), **report}
+    return made
 
 
 def make_directions(

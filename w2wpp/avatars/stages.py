@@ -63,6 +63,12 @@ STAGES = (
         ships=SHIPPED,
     ),
     Stage(
+        "teach",
+        "teach spaces to guess, find and judge people from paintings alone",
+        inputs=(BASE, EMBEDDER, *SHIPPED),
+        outputs=("work/taught",),
+    ),
+    Stage(
         "directions",
         "find and measure attribute directions",
         inputs=(BASE, EMBEDDER, DATASET, *SHIPPED),

@@ -46,6 +46,7 @@ def register(verbs: Any) -> None:
         "embedder": "default: the embedder in models/",
         "gate": "JSON (default: benchmarks/results/world.json)",
         "spaces": "folder (default: spaces/ in the work folder)",
+        "teach": "folder (default: taught/ in the work folder)",
         "directions": "JSON (default: benchmarks/results/directions.json)",
     }
     for name, text in outputs.items():
@@ -64,11 +65,14 @@ def register(verbs: Any) -> None:
     )
     for name, text in (
         ("start", "files to write it into"),
+        ("teach", "default: both that ship"),
         ("directions", "default: both that ship"),
     ):
         made[name].add_argument(
             "--space", nargs="+", type=Path, metavar="SPACE", default=[], help=text
         )
+    made["teach"].add_argument("--people", type=int, help="who are painted (default 2560)")
+    made["teach"].add_argument("--workers", type=int, default=2, help="single-threaded processes")
     made["directions"].add_argument(
         "--people", type=int, default=32, help="half held out, half drawn"
     )

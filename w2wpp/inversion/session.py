@@ -128,15 +128,25 @@ class Session:
         return replace(self, start=moved), times * PAINT_STEPS
 
     def painted(
-        self, denoise: Denoise, schedule: Schedule, z: Tensor, *, micro_batch: int | None = None
+        self,
+        denoise: Denoise,
+        schedule: Schedule,
+        z: Tensor,
+        residual: Tensor | None = None,
+        *,
+        micro_batch: int | None = None,
     ) -> Tensor:
-        """Latents [B, C, H, W] of paintings of latents z [B, d], all from the same noise."""
+        """Latents [B, C, H, W] of paintings of latents z [B, d], all from the same noise.
+
+        residual [B, K]: what of a person is outside of the space, as in `Identity`.
+        """
         generator = torch.Generator().manual_seed(self.seed)
         noise = torch.randn(1, *self.pictures.shape[-3:], generator=generator)
-        parts = []
-        for some in z.split(micro_batch or len(z)):
+        parts, size = [], micro_batch or len(z)
+        rest = [None] * len(z) if residual is None else residual.split(size)
+        for some, outside in zip(z.split(size), rest):
             with torch.no_grad():
-                vectors = self.space.decode(some)
+                vectors = self.space.decode(some, outside)
             begin = noise.to(self.pictures).expand(len(some), -1, -1, -1)
             parts.append(
                 sample(lambda x, t, v=vectors: denoise(x, t, v), begin, schedule, PAINT_STEPS)  # type: ignore[misc]

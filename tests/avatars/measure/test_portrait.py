@@ -25,6 +25,7 @@ def test_the_person_of_the_picture_is_found(run, method):
     code, result, err = run("invert", SPACE, PORTRAIT, "--method", method, "-o", "id.safetensors")
     assert code == 0, err
     assert 0 < result["evaluations"] <= 400
+    assert result["verdict"]["evidence"]["repaint"] > 0.5
     space, studio = (
         load_space(SPACE),
         open_studio(MODELS / "avatar-base.safetensors", MODELS / "avatar-embedder.safetensors"),

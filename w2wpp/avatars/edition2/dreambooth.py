@@ -35,7 +35,7 @@ class DreamBooth:
     momentum: float = 0.9
     clip: float = 1.0  # a step's norm, in multiples of the pilot's average
     average_from: float = 0.75  # the result is the mean of the weights over the rest of the run
-    face_share: float = 0.6  # of the loss, as masks of the person are used in training; the rest is spread evenly
+    face_share: float = 0.6  # of the loss, as with masked training; the rest is spread evenly
     conditions: Literal["common", "own"] = "common"
 
 

@@ -13,7 +13,7 @@ from ...files.pictures import open_picture, picture_layers, pixels
 from ...identity import save_identity
 from ...inversion import Callback, Progress, session
 from ...inversion.framing import Framing
-from ...inversion.verdict import judge
+from ...inversion.verdict import judge, repainted
 from ...spacefile import load_space
 from ..world.base import load_base
 from ..world.painter import noise_schedule
@@ -58,7 +58,12 @@ def invert_file(
     denoise, schedule = AvatarDenoiser(base, space.layout), noise_schedule(base)
     solution = made.solve(denoise, schedule, callback=callback, checkpoint=checkpoint)
     (gain,) = made.gain(denoise, schedule, solution.identity)
-    verdict = judge(space.start, framed, gain=gain)
+    likeness = None
+    if space.start is not None:
+        person = solution.identity
+        painted = made.painted(denoise, schedule, person.z, person.residual)
+        likeness = repainted(space.start, framed, painted)
+    verdict = judge(space.start, framed, gain=gain, repaint=likeness)
     how = {**solution.identity.provenance, "picture": picture_path.name, "method": method}
     save_identity(replace(solution.identity, provenance=how), output)
     if strict:

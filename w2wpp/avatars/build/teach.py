@@ -1,0 +1,127 @@
+"""Start networks of the miniature world that learn as anybody's must: from paintings of a space's own people.
+
+No label and no rendered picture goes into them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field, replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import ConfigError
+from ...files.container import open_container, write_container
+from ...placement import Frame
+from ...space import Space
+from ...spacefile import load_space
+from ...start_network import StartNetwork
+from ...training.fit_locator import LocatorTraining
+from ...training.fit_paintings import PaintingsTraining, fit_paintings
+from ...training.fit_start import to_bank
+from ...training.painted import PaintedPeople
+from ..world.renderer import IMAGE_SIZE
+from ..world.studio import Studio
+
+FORMAT = "w2wpp.avatar_paintings"
+GROUP = 64  # people whose paintings are a job of a worker
+
+
+@dataclass(frozen=True)
+class Teaching:
+    """How much is painted, and what is learned from it."""
+
+    people: int = 2_560
+    scenes: int = 2  # of each person, every one with words and noise of its own
+    seed: int = 12
+    training: PaintingsTraining = field(
+        default_factory=lambda: PaintingsTraining(
+            size=IMAGE_SIZE, locator=LocatorTraining(size=IMAGE_SIZE)
+        )
+    )
+
+
+def teach(
+    path: Path,
+    studio: Studio,
+    folder: Path,
+    config: Teaching,
+    *,
+    workers: int = 1,
+    callback: Callable[[str], None] = lambda line: None,
+) -> tuple[StartNetwork, Frame, dict[str, Any]]:
+    """What `fit_paintings` makes of people drawn from a space file. ``folder`` keeps their paintings."""
+    painted = paint_people(path, studio, folder, config, workers=workers, callback=callback)
+
+    def told(done: int, of: int, line: str) -> None:
+        if done % 100 == 0 or done == of:
+            callback(f"teach: {line} of {of}")
+
+    return fit_paintings(painted, config.training, callback=told)
+
+
+def paint_people(
+    path: Path,
+    studio: Studio,
+    folder: Path,
+    config: Teaching,
+    *,
+    workers: int = 1,
+    callback: Callable[[str], None] = lambda line: None,
+) -> PaintedPeople:
+    """People drawn from a space file, each painted in some scenes; those of an interrupted run are kept."""
+    space = load_space(path)
+    z = space.sample(config.people, generator=torch.Generator().manual_seed(config.seed)).z
+    made_by = {
+        "space": space.fingerprint,
+        "seed": config.seed,
+        "scenes": config.scenes,
+        "guidance": studio.guidance,
+        "steps": studio.steps,
+    }
+    files: list[Path] = []
+    with ProcessPoolExecutor(
+        workers, get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
+    ) as pool:
+        jobs = []
+        for i, part in enumerate(z.split(GROUP)):
+            files.append(folder / f"{i:04d}.safetensors")
+            job = (files[-1], path, part, studio, i, config.scenes, made_by)
+            jobs.append(pool.submit(_paint, *job))
+        for done, finished in enumerate(jobs, 1):
+            finished.result()
+            callback(f"teach: {done} of {len(jobs)} groups are painted")
+    return PaintedPeople(z, torch.cat([open_container(f, FORMAT).read("bank") for f in files]))
+
+
+def _paint(
+    file: Path,
+    path: Path,
+    z: Tensor,
+    studio: Studio,
+    group: int,
+    scenes: int,
+    made_by: dict[str, Any],
+) -> None:
+    """Paint some people [n, d] into a bank [n, scenes, 3, S, S], unless a file has them."""
+    if file.exists():
+        stored = open_container(file, FORMAT)
+        if stored.config.get("made_by") != made_by:
+            raise ConfigError(
+                f"{file} is from another run. Remove its folder, or match the settings."
+            )
+        if torch.equal(stored.read("z"), z):
+            return
+    space: Space = load_space(path)
+    here = replace(studio, pictures=scenes, seed=studio.seed + 2_000 + group)
+    words, noise = here.scenes(len(z))
+    with torch.no_grad():
+        pictures = here.paint(words, noise, space.decode(z), space.layout)
+    bank = to_bank(pictures.clamp(-1, 1)).unflatten(0, (len(z), -1))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_container(file, {"z": z, "bank": bank}, format=FORMAT, config={"made_by": made_by})
