@@ -19,7 +19,7 @@ from ..w2wpp.inversion.verdict import Verdict, judge, repainted
 from ..w2wpp.start_network import StartNetwork
 from .curve import draw_curve
 from .host import folders, framing, tensors
-from .host.denoiser import Denoiser, denoiser
+from .host.denoiser import denoiser
 from .host.framing import crop_image, frame_pictures, framed_image, framed_preview
 from .host.model import check_fit, noise_schedule, usual_size
 from .host.pictures import painted_pictures, picture_latents
