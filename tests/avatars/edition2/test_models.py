@@ -153,7 +153,7 @@ def test_all_people_are_photographed_under_one_protocol(vae):
     album = Photographs(people, DreamBooth(photographs=3, pictures=3), vae)
     latents, words, weights, noise, timestep = album.batch(1)
     assert latents.shape == (6, 4, 16, 16) and words.shape == (6, 4)
-    for shared in (words, noise, timestep):
+    for shared in (words, weights, noise, timestep):
         assert torch.equal(shared[:3], shared[3:])
     assert not torch.allclose(latents[:3], latents[3:])
 
