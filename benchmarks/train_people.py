@@ -2,9 +2,10 @@
 
     PYTHONPATH=. python benchmarks/train_people.py -o benchmarks/results/train_people.json
 
-Held-out avatars are photographed into a folder each, in scenes of every kind, and trained in a real server with the
-node's settings and as many pilots as `avatars loras` has, under one prompt that says nothing of scenes; `avatars loras`
-tells the scene of each photograph. Both LoRAs of a person are painted in the same scenes and read by the embedder.
+Held-out avatars are photographed into a folder each, in scenes of every kind, with a caption of the scene beside every
+photograph, and trained in a real server with the node's settings and as many pilots as `avatars loras` has, which tells
+the scene of each photograph as well. With --plain there are no captions, and one prompt that says nothing of scenes.
+Both LoRAs of a person are painted in the same scenes and read by the embedder.
 COMFYUI_PATH and COMFYUI_PYTHON name the host, as for the tests.
 """
 
@@ -23,56 +24,68 @@ from torch import Tensor
 import w2wpp
 from tests.host.graphs import AvatarGraph
 from tests.host.server import PROBE, lay_out, serving
-from w2wpp.avatars.world.renderer import render, sample_nuisance
+from w2wpp.avatars.world.renderer import (
+    BACKGROUNDS,
+    LIGHTS,
+    SMILES,
+    Nuisance,
+    render,
+    sample_nuisance,
+)
 from w2wpp.avatars.world.studio import open_studio
 from w2wpp.metrics import estimate, id_scores
 from w2wpp.training.dataset import load_dataset
 
+SECONDS = 7200  # for a training; far more than it takes
 ANYTHING = {"background": "any", "smile": "any", "light": "any"}  # what the prompt says
 SETTINGS = {
-    "folder": "input/people", "path": "", "save_as": "benchmark", "trigger_prompt": "", "modules": "attention",
+    "folder": "input/people", "path": "", "save_as": "benchmark", "trigger_prompt": "a person", "modules": "attention",
     "rank": 1, "alpha": 1.0, "steps": 90, "batch": 6, "learning_rate": 0.02, "seed": 2, "pilots": 32, "resolution": 0,
 }  # fmt: skip
 
 
-def photographs(identity: Tensor, count: int) -> Tensor:
-    """Pictures [count, 3, H, W] in [-1, 1] of one person [20], in scenes that are the same for everybody."""
-    scenes = sample_nuisance(count, generator=torch.Generator().manual_seed(5))
-    return render(identity.expand(count, -1), scenes)
+def caption(background: int, smile: int, light: int) -> str:
+    """What somebody would write of a photograph."""
+    return f"{SMILES[smile]}, {BACKGROUNDS[background]} background, light from the {LIGHTS[light]}"
 
 
-def photograph_everybody(people: Tensor, count: int, folder: Path) -> None:
-    """A folder of PNGs for each of people [N, 20]."""
+def photograph_everybody(people: Tensor, scenes: Nuisance, folder: Path) -> None:
+    """A folder of PNGs for each of people [N, 20], with captions, in scenes that are the same for everybody."""
     for i, identity in enumerate(people):
         own = folder / f"{i:03d}"
         own.mkdir(parents=True)
-        pixels = ((photographs(identity, count) + 1) * 127.5).round().clamp(0, 255).byte()
-        for j, picture in enumerate(pixels):
+        pictures = render(identity.expand(len(scenes), -1), scenes)
+        pixels = ((pictures + 1) * 127.5).round().clamp(0, 255).byte()
+        for j, (picture, words) in enumerate(zip(pixels, scenes.words().tolist())):
             Image.fromarray(picture.movedim(0, -1).numpy()).save(own / f"{j:02d}.png")
+            (own / f"{j:02d}.txt").write_text(caption(*words))
 
 
-def train(people: Tensor, count: int) -> Tensor:
+def train(people: Tensor, count: int, captions: bool) -> Tensor:
     """Vectors [N, P] that the node makes of these people in a server of its own."""
+    scenes = sample_nuisance(count, generator=torch.Generator().manual_seed(5))
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder)
         lay_out(base, PROBE)
-        photograph_everybody(people, count, base / "input" / "people")
+        photograph_everybody(people, scenes, base / "input" / "people")
         with serving(base) as host:
             graph = AvatarGraph(**ANYTHING)
             model = {"model": graph.model, "vae": [graph.loader, 3], "positive": [graph.loader, 1]}
-            graph.add("W2WPP_TrainPeople", **model, **SETTINGS)
-            host.run(graph.nodes)
+            clip = {"clip": [graph.loader, 5]} if captions else {}
+            node = graph.add("W2WPP_TrainPeople", **model, **SETTINGS, **clip)
+            report = host.run(graph.nodes, SECONDS).outputs[node]["text"][0]
+            print(report, flush=True)
         return load_dataset(
             base / "models" / "w2wpp" / "benchmark" / "dataset.safetensors"
         ).vectors()
 
 
-def measure(data: Path, people: int, count: int) -> dict[str, Any]:
+def measure(data: Path, people: int, count: int, plain: bool) -> dict[str, Any]:
     dataset = load_dataset(data)
     assert dataset.labels is not None, "the data set of avatars has their traits"
     rows = dataset.heldout_rows[:people]
     identity, theirs = dataset.labels[rows], dataset.vectors(rows)
-    trained = train(identity, count)
+    trained = train(identity, count, captions=not plain)
     studio = open_studio(
         w2wpp.shipped("avatar-base.safetensors"), w2wpp.shipped("avatar-embedder.safetensors")
     )
@@ -82,12 +95,19 @@ def measure(data: Path, people: int, count: int) -> dict[str, Any]:
     }
     rows_of = {name: estimate(values).to_json() for name, values in scores.items()}
     rows_of["difference"] = estimate(scores["node"] - scores["loras"]).to_json()
-    return {"people": len(rows), "photographs": count, "settings": SETTINGS, "rows": rows_of}
+    return {
+        "people": len(rows),
+        "photographs": count,
+        "captions": not plain,
+        "settings": SETTINGS,
+        "rows": rows_of,
+    }
 
 
 def table(result: dict[str, Any]) -> str:
+    said = "with captions" if result["captions"] else "without captions"
     names = {
-        "node": "own LoRA of W2W++ Train People, from a folder of pictures",
+        "node": f"own LoRA of W2W++ Train People, from a folder of pictures {said}",
         "loras": "own LoRA of `w2wpp avatars loras`",
         "difference": "difference, paired",
     }
@@ -116,8 +136,9 @@ def main() -> None:
     )
     parser.add_argument("--people", type=int, default=32)
     parser.add_argument("--photographs", type=int, default=32)
+    parser.add_argument("--plain", action="store_true", help="train without captions")
     args = parser.parse_args()
-    result = measure(args.data, args.people, args.photographs)
+    result = measure(args.data, args.people, args.photographs, args.plain)
     publish(result, table(result), args.output)
 
 

@@ -2,6 +2,7 @@
 
 from comfy_api.latest import io
 
+from ..w2wpp.errors import ConfigError
 from ..w2wpp.lora.write import kohya_tensors
 from .host import patches, tensors
 from .host.model import changes_texts
@@ -46,7 +47,8 @@ class ApplyDecodedLora(io.ComfyNode):
                     step=0.01,
                     optional=True,
                     tooltip="The point in sampling from which the LoRA acts: 0 is from the start, 1 is never. A "
-                    "later start leaves the composition to the model and changes only the face.",
+                    "later start leaves the composition to the model and changes only the face. Identities of text "
+                    "encoders have no start: a CLIP is asked before the sampling.",
                 ),
                 io.Clip.Input(
                     "clip",
@@ -85,6 +87,11 @@ class ApplyDecodedLora(io.ComfyNode):
             vectors = identity.identity.vectors(identity.space)  # [B, P], all in one pass
             loras = [kohya_tensors(layout.unpack(vector), layout.alpha) for vector in vectors]
             if clip is not None and changes_texts(layout):
+                if start_percent > 0:
+                    raise ConfigError(
+                        f"start_percent is {start_percent:g}, and this identity's space is of text encoders: they are "
+                        "asked once, before the sampling, so no start can hold for them. Set start_percent to 0."
+                    )
                 models = [model] * len(loras)
                 clips = patches.patched_texts_each(clip, layout, loras, strength)
             else:

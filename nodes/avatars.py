@@ -9,7 +9,7 @@ from comfy_api.latest import io
 
 from ..w2wpp.errors import FormatError, reading
 from ..w2wpp.files.container import open_container
-from .host import avatar_model, folders, tensors
+from .host import avatar_model, avatar_words, folders, tensors
 from .types import schema
 
 PORTRAIT_FILE = folders.PACK / "example_workflows" / "avatar_portrait.png"
@@ -71,6 +71,10 @@ class LoadAvatarModel(io.ComfyNode):
                     display_name="latent",
                     tooltip="Empty pictures of the model's size, for the sampler to fill.",
                 ),
+                io.Clip.Output(
+                    display_name="clip",
+                    tooltip="The model's few words, for CLIP Text Encode and for captions of W2W++ Train People.",
+                ),
             ],
         )
 
@@ -94,6 +98,7 @@ class LoadAvatarModel(io.ComfyNode):
                 _conditioning(config, table, {}),
                 avatar_model.pixel_vae(),
                 avatar_model.empty_pictures(pictures, config["image_size"]),
+                avatar_words.avatar_clip(config["vocabulary"], table),
             )
 
 

@@ -16,6 +16,7 @@ from ..w2wpp.training.everyone import Everyone, Moment, Trained
 from .curve import draw_curve
 from .host import adaptable, folders, places, tensors
 from .host.albums import people_in, person_of
+from .host.captions import Captions, caption_file, caption_of, clip_fingerprint
 from .host.denoiser import Denoiser, denoiser
 from .host.fingerprints import fingerprint, model_fingerprint
 from .host.model import noise_schedule, usual_size
@@ -25,7 +26,8 @@ from .host.progress import Watch
 from .inputs import name_of_result, seed_of_training, side_of_pictures
 from .types import DatasetSocket, LoraSocket, advanced, schema
 
-NO_FOLDER = "none"
+NO_FOLDER, EXAMPLE = "none", "eight avatars (shipped)"
+EXAMPLE_FOLDER = folders.PACK / "example_workflows" / "people"
 TITLE = "W2W++ Train People"
 PREVIEWS, FEW = 4, 1  # of each group in training, with and without previews in the host's settings
 PREVIEW_STEPS = 8  # enough to know the face by
@@ -57,7 +59,7 @@ class TrainPeople(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "folder",
-                    options=[NO_FOLDER, *places.people_folders()],
+                    options=[NO_FOLDER, EXAMPLE, *places.people_folders()],
                     default=NO_FOLDER,
                     tooltip="A folder in input/ that holds a folder of pictures for every person, named after them. "
                     "Press R to see new ones.",
@@ -77,7 +79,7 @@ class TrainPeople(io.ComfyNode):
                     "trigger_prompt",
                     default="",
                     tooltip="The words of 'positive' as text, to be kept with LoRAs and spaces, because a prompt can't "
-                    "be read back.",
+                    "be read back. With captions it stands before each that does not hold it.",
                 ),
                 io.Combo.Input(
                     "modules",
@@ -147,6 +149,13 @@ class TrainPeople(io.ComfyNode):
                     "the size that the model was trained on.",
                     "resolution",
                 ),
+                io.Clip.Input(
+                    "clip",
+                    optional=True,
+                    tooltip="For pictures with captions, a .txt file of the same name beside each: every picture is "
+                    "trained under 'trigger_prompt' and its own words, so that these need not be learned as part of "
+                    "the person. Pictures without a caption are trained under 'positive'.",
+                ),
             ],
             outputs=[
                 DatasetSocket.Output(
@@ -178,7 +187,9 @@ class TrainPeople(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, folder: str = NO_FOLDER, path: str = "", **_: Any):
         people = people_in(*_chosen(folder, path))
-        return " ".join(f"{p} {folders.file_stamp(p)}" for files in people.values() for p in files)
+        pictures = [p for files in people.values() for p in files]
+        stamps = (f"{p} {folders.file_stamp(p)}" for p in pictures)
+        return " ".join([*stamps, *(folders.file_stamp(caption_file(p)) for p in pictures)])
 
     @classmethod
     def execute(
@@ -199,33 +210,45 @@ class TrainPeople(io.ComfyNode):
         seed,
         pilots,
         resolution,
+        clip=None,
     ) -> io.NodeOutput:
         config = PeopleTraining(seed=seed, steps=steps, pictures=batch, learning_rate=learning_rate)
         place = people_folder(save_as)
         with tensors.ordinary_tensors():
             pixels = resolution or usual_size(model)
             found = people_in(*_chosen(folder, path))
-            people = [person_of(name, files, model, vae, pixels) for name, files in found.items()]
+            words = {name: [caption_of(file) for file in files] for name, files in found.items()}
+            told = clip is not None and any(map(any, words.values()))
             layout = adaptable.layout_for(model, modules, rank, alpha)
             watch = Watch(model, cls.hidden.unique_id)
-            example = people[0].pictures()
-            together = min(TOGETHER, len(people))
+            first = next(iter(found.items()))
+            example = person_of(*first, model, vae, pixels).pictures()
+            together = min(TOGETHER, len(found))
             plan = plan_run(model, (together * batch, *example.shape[1:]), gradients=True)
             schedule = noise_schedule(model)
+            run = [model_fingerprint(model), positive, pixels]
+            run += [clip_fingerprint(clip), trigger_prompt] if told else []
             with denoiser(model, layout, positive, plan) as denoise:
+                captions = Captions(clip, positive, trigger_prompt, denoise.prompt)
+                prompts = captions.prompts if told else None
+                people = [
+                    person_of(name, files, model, vae, pixels, words[name], prompts)
+                    for name, files in found.items()
+                ]
                 training = Everyone(
                     layout,
                     denoise,
                     schedule,
                     config,
                     place,
-                    fingerprint(model_fingerprint(model), positive, pixels),
+                    fingerprint(*run),
                     gauge=seed + 1,
                     pilots=pilots,
                     together=together,
                     rows=plan.rows,
                     device=plan.device,
                     callback=_Watcher(watch, denoise, schedule, example.shape[1:], seed),
+                    under=denoise.under,
                 )
                 trained = training.train(people)
             facts = {"trigger_prompt": trigger_prompt, "training": training.run[:32]}
@@ -235,12 +258,14 @@ class TrainPeople(io.ComfyNode):
         loras = [kohya_tensors(layout.unpack(w), layout.alpha) for w in trained.vectors]
         title = f"{len(names)} people, {steps} steps"
         curve = draw_curve(trained.losses.mean(0).tolist(), title, comparable=False)
-        text = _report(trained, found, layout, plan, pixels, saved)
+        text = _report(trained, found, layout, plan, pixels, saved, _captioned(words, clip))
         return io.NodeOutput(dataset, loras, curve, text, ui=ui.PreviewText(text))
 
 
 def _chosen(folder: str, path: str) -> tuple[Path, str]:
     """The folder of people that is meant, and what to call it."""
+    if folder == EXAMPLE and not path.strip():
+        return EXAMPLE_FOLDER, EXAMPLE
     text = path.strip() or (folder if folder != NO_FOLDER else "")
     if not text:
         raise w2wpp.ConfigError(
@@ -265,6 +290,20 @@ def _dataset(
     )
 
 
+def _captioned(words: dict[str, list[str]], clip: Any) -> str:
+    """Whether pictures were trained under words of their own, for the report; nothing where there are none."""
+    each = [caption for captions in words.values() for caption in captions]
+    count = sum(map(bool, each))
+    if not count:
+        return (
+            "" if clip is None else "no picture has a caption, so all were trained under 'positive'"
+        )
+    if clip is None:
+        return f"NOT USED: captions of {count} pictures. Connect 'clip' to train every picture under its own"
+    rest = f", the other {len(each) - count} under 'positive'" if count < len(each) else ""
+    return f"{count} of {len(each)} pictures were trained under captions of their own{rest}"
+
+
 def _report(
     trained: Trained,
     found: dict[str, list[Path]],
@@ -272,6 +311,7 @@ def _report(
     plan: Plan,
     pixels: int,
     saved: str,
+    captioned: str,
 ) -> str:
     counts = [len(files) for files in found.values()]
     pictures = f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
@@ -282,6 +322,7 @@ def _report(
     lines = [
         f"{len(found)} people with {pictures} pictures each, {pixels} x {pixels}"
         + (f"; {trained.resumed} were finished before" if trained.resumed else ""),
+        *([captioned] if captioned else []),
         f"LoRAs of rank {layout.rank}, alpha {layout.alpha:g}, for {len(layout.modules)} layers: {layout.size:,} "
         "numbers",
         f"loss {first:.5g} to {last:.5g} (first and last third of the steps)",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +42,28 @@ def pictures_in(folder: Path) -> list[Path]:
     return sorted(p for p in folder.iterdir() if p.suffix.lower() in PICTURES and p.is_file())
 
 
-def person_of(name: str, files: list[Path], model: Any, vae: Any, pixels: int) -> Person:
-    """Somebody to train, whose pictures are read when their turn comes."""
+def person_of(
+    name: str,
+    files: list[Path],
+    model: Any,
+    vae: Any,
+    pixels: int,
+    captions: Sequence[str] = (),
+    prompts: Callable[[Sequence[str]], Sequence[Any]] | None = None,
+) -> Person:
+    """Somebody to train, whose pictures are read when their turn comes.
+
+    ``captions`` are the words of each picture, for pictures with prompts of their own, which ``prompts`` makes of them.
+    """
 
     def pictures() -> torch.Tensor:
         square = torch.stack([square_picture(path, pixels) for path in files])
         return picture_latents(model, vae, square, None, pixels)[0]
 
-    return Person(name, _fingerprint(files), pictures)
+    if prompts is None:
+        return Person(name, _fingerprint(files), pictures)
+    key = hashlib.sha256("\0".join([_fingerprint(files), *captions]).encode()).hexdigest()
+    return Person(name, key, pictures, lambda: prompts(captions))
 
 
 def square_picture(path: Path, pixels: int) -> torch.Tensor:

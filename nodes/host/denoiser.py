@@ -11,8 +11,9 @@ lasts.
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import comfy.model_management
@@ -24,7 +25,7 @@ from ...w2wpp.lora.hooks import Site, hooked
 from .model import check_fit, check_inputs, has_frames, reorder, sites_of
 from .plan import Plan, count_parameters
 from .private import attention, in_training, private_network, recompute, with_network
-from .prompts import Prompt, check_prompt
+from .prompts import Prompt, check_prompt, joined, side_by_side
 
 
 class _Bare:
@@ -59,9 +60,11 @@ class Denoiser:
         prompt: Prompt,
         plan: Plan,
         functions: dict[str, Callable[[Tensor], Tensor]],
+        new_prompt: Callable[..., Prompt],
     ) -> None:
         self.plan = plan
         self._base, self._layout, self._sites, self._prompt = base, layout, sites, prompt
+        self._new_prompt = new_prompt  # of a conditioning, for this model
         self._functions = functions  # of modules whose rows the host keeps in another order
         self._sigmas = base.model_sampling.sigmas.detach().clone().to(plan.device)  # [T]
         self._frames = has_frames(base)
@@ -71,6 +74,34 @@ class Denoiser:
             self._options["optimized_attention_override"] = attention
 
     def __call__(self, noisy: Tensor, timestep: Tensor, vectors: Tensor) -> Tensor:
+        return self._predict(noisy, timestep, vectors, self._prompt.batch(len(noisy)))
+
+    def prompt(self, conditioning: list) -> Prompt:
+        """A prompt for single rows. Raises ConfigError for one that is not for the whole picture."""
+        check_prompt(conditioning)
+        return self._new_prompt(conditioning, kept_on="cpu")
+
+    def under(self, prompts: Sequence[Prompt]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        """The denoiser for batches of which row i has the prompt i."""
+        return functools.partial(self._each_under, prompts)
+
+    def _each_under(
+        self, prompts: Sequence[Prompt], noisy: Tensor, timestep: Tensor, vectors: Tensor
+    ) -> Tensor:
+        device, parts = self.plan.device, side_by_side(prompts)
+        if len(parts) == 1:
+            return self._predict(noisy, timestep, vectors, joined(prompts, device))
+        each = vectors.repeat_interleave(len(noisy) // len(vectors), 0)  # rows in any order
+        found = [
+            self._predict(noisy[p], timestep[p], each[p], joined([prompts[i] for i in p], device))
+            for p in parts
+        ]
+        order = torch.tensor([row for part in parts for row in part], device=noisy.device)
+        return torch.cat(found)[order.argsort()]
+
+    def _predict(
+        self, noisy: Tensor, timestep: Tensor, vectors: Tensor, words: dict[str, Any]
+    ) -> Tensor:
         place = {"device": self.plan.device, "dtype": self.plan.dtype}
         self._lora = self._layout.unpack(vectors.to(**place))
         reorder(self._lora, self._functions)
@@ -80,7 +111,7 @@ class Denoiser:
             noisy.unsqueeze(2) if self._frames else noisy,
             sigma,
             transformer_options={**self._options, "sigmas": sigma},
-            **self._prompt.batch(len(noisy)),
+            **words,
         )
         return predicted.squeeze(2) if self._frames else predicted
 
@@ -93,7 +124,7 @@ class Denoiser:
         finally:
             self._lora = {}
             # Whoever still holds the denoiser holds no weights.
-            del self._base, self._sites, self._prompt
+            del self._base, self._sites, self._prompt, self._new_prompt
 
     def as_called(self, run: Callable) -> Callable:
         """``run`` with the LoRAs of this call, also if a later call comes before it is run again."""
@@ -132,14 +163,16 @@ def denoiser(model: Any, layout: Layout, conditioning: list, plan: Plan) -> Iter
         base = with_network(model, network, _Bare(sampling))
         sites, functions = sites_of(network, targets)
         latents = torch.zeros(1, *plan.latents, device=plan.device)
-        prompt = Prompt(base, conditioning, latents.unsqueeze(2) if has_frames(base) else latents)
+        latents = latents.unsqueeze(2) if has_frames(base) else latents
+        new_prompt = functools.partial(Prompt, base, latents=latents)
+        prompt = new_prompt(conditioning)
         prompt.require_no_picture(model, plan.latents[0])
-        denoise = Denoiser(base, layout, sites, prompt, plan, functions)
+        denoise = Denoiser(base, layout, sites, prompt, plan, functions, new_prompt)
         if plan.checkpointing:
             recompute(network, denoise.as_called)
         with switch, denoise.hooked():
             yield denoise
     finally:
-        network = base = denoise = sites = prompt = None
+        network = base = denoise = sites = prompt = new_prompt = None
         gc.collect()  # checkpointed blocks refer to themselves
         comfy.model_management.soft_empty_cache()

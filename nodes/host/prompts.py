@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import comfy.conds
 import comfy.sampler_helpers
 import comfy.samplers
 import torch
@@ -46,8 +48,18 @@ def check_prompt(conditioning: list) -> None:
 class Prompt:
     """What a model is given beside noisy pictures, for batches of any size."""
 
-    def __init__(self, base: Any, conditioning: list, latents: Tensor) -> None:
-        """``base`` is the host's BaseModel, ``latents`` [1, C, ..., h, w] of the shape and place that it works on."""
+    def __init__(
+        self,
+        base: Any,
+        conditioning: list,
+        latents: Tensor,
+        *,
+        kept_on: torch.device | str | None = None,
+    ) -> None:
+        """``base`` is the host's BaseModel, ``latents`` [1, C, ..., h, w] of the shape and place that it works on.
+
+        One of many is kept elsewhere until it is needed.
+        """
         conds = {
             "positive": [
                 {key: _ordinary(value) for key, value in cond.items()}
@@ -57,7 +69,8 @@ class Prompt:
         device, zeros = latents.device, torch.zeros_like(latents)
         conds = comfy.samplers.process_conds(base, zeros, conds, device, zeros, None, 0)
         self._conds = {
-            key: _placed(cond, device) for key, cond in conds["positive"][0]["model_conds"].items()
+            key: _placed(cond, kept_on or device)
+            for key, cond in conds["positive"][0]["model_conds"].items()
         }
         self._batches: dict[int, dict[str, Any]] = {}
 
@@ -77,6 +90,45 @@ class Prompt:
             self._batches = {size: processed}  # sizes alternate once in a run, at its end
         return self._batches[size]
 
+    def goes_with(self, other: Prompt) -> bool:
+        """Whether the host's sampler would put both into one batch."""
+        mine, theirs = self._conds, other._conds
+        return mine.keys() == theirs.keys() and all(
+            c.can_concat(theirs[k]) for k, c in mine.items()
+        )
+
+
+def side_by_side(prompts: Sequence[Prompt]) -> list[list[int]]:
+    """Rows of a batch in parts whose prompts go together; those of one length, say."""
+    parts: list[list[int]] = []
+    known: dict[Prompt, list[int]] = {}
+    for row, prompt in enumerate(prompts):
+        if prompt not in known:
+            fits = (part for part in parts if prompts[part[0]].goes_with(prompt))
+            known[prompt] = next(fits, [])
+            if not known[prompt]:
+                parts.append(known[prompt])
+        known[prompt].append(row)
+    return parts
+
+
+def joined(prompts: Sequence[Prompt], device: torch.device) -> dict[str, Any]:
+    """Keywords of the model for a batch of which each row has a prompt of its own; all go together."""
+    different = list(dict.fromkeys(prompts))
+    places = {prompt: i for i, prompt in enumerate(different)}
+    rows = torch.tensor([places[prompt] for prompt in prompts])
+    found = {}
+    for key in different[0]._conds:
+        first, *others = (p._conds[key].process_cond(batch_size=1, area=None) for p in different)
+        value = first.concat(others)
+        if isinstance(first, comfy.conds.CONDConstant):
+            found[key] = value.to(device) if isinstance(value, Tensor) else value
+        elif isinstance(value, list):
+            found[key] = [part[rows.to(part.device)].to(device) for part in value]
+        else:
+            found[key] = value[rows.to(value.device)].to(device)
+    return found
+
 
 def _ordinary(value: Any) -> Any:
     """Tensors made in inference mode, and lists and dictionaries of them, as ones that gradients may pass by."""
@@ -89,7 +141,7 @@ def _ordinary(value: Any) -> Any:
     return value
 
 
-def _placed(cond: Any, device: torch.device) -> Any:
+def _placed(cond: Any, device: torch.device | str) -> Any:
     held = cond.cond
     if isinstance(held, Tensor):
         held = _away(held, device)
@@ -98,6 +150,6 @@ def _placed(cond: Any, device: torch.device) -> Any:
     return cond._copy_with(held)
 
 
-def _away(t: Tensor, device: torch.device) -> Tensor:
+def _away(t: Tensor, device: torch.device | str) -> Tensor:
     t = t.detach().to(device)
     return t.clone() if t.is_inference() else t

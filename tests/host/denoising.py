@@ -1,7 +1,8 @@
 """What an inversion makes of reduced models of every family, beside the host's own sampler; run by the host's Python.
 
 denoising.py HOST REPO prints for each family and spelling, as JSON: how far predictions with a LoRA as an argument lie
-from those of the host's sampler with the LoRA patched in, and gradients from finite differences.
+from those of the host's sampler with the LoRA patched in, and gradients from finite differences. Also how far a batch
+whose rows have prompts and LoRAs of their own lies from its rows one by one.
 """
 
 # ruff: noqa: E402 - the host is found by its path first
@@ -114,11 +115,35 @@ def compared(family: str, spelled: str) -> dict[str, Any]:
                 found["gradients"].append(
                     objective.value_and_gradient(z, None, draw)[1][0].tolist()
                 )
+    if spelled == "whole":
+        found["rows_off"] = rows_off(bare, space, prompt, noisy, times)
     found["differences"] = [
         float(objective_of(bare, space, prompt, picture, schedule, z, STEP * unit))
         for unit in torch.eye(space.latent_size)
     ]
     return found
+
+
+def rows_off(bare: Any, space: Any, prompt: list, noisy: Tensor, times: Tensor) -> float:
+    """Six rows of two people, under three prompts of which one is of another length, beside each row alone."""
+    ((tokens, options),) = prompt
+    g = torch.Generator().manual_seed(2)
+    longer = torch.randn(1, tokens.shape[1] * 5, tokens.shape[2], generator=g)
+    prompts = [prompt, [[tokens.flip(1), options]], [[longer, options]]]
+    vectors = space.decode(torch.randn(2, space.latent_size, generator=g))
+    noisy, times = noisy.repeat(2, 1, 1, 1), times.repeat(2)
+    order = [2, 0, 1, 1, 2, 0]
+    plan = plan_run(bare, tuple(noisy.shape), gradients=False)
+    with denoiser(bare, space.layout, prompt, plan) as denoise:
+        under = denoise.under([denoise.prompt(prompts[i]) for i in order])
+        together = under(noisy, times, vectors)
+    off = []
+    for row, i in enumerate(order):
+        part = slice(row, row + 1)
+        with denoiser(bare, space.layout, prompts[i], plan) as denoise:
+            alone = denoise(noisy[part], times[part], vectors[row // 3][None])
+        off.append(float((together[part] - alone).norm() / alone.norm()))
+    return max(off)
 
 
 def objective_of(

@@ -108,22 +108,22 @@ class Host:
         self.post("/free", {"unload_models": True, "free_memory": True})
         time.sleep(2)  # the server acts on it between prompts
 
-    def run(self, graph: dict[str, Any]) -> Result:
-        """Queue a prompt in API format and wait for its end."""
+    def run(self, graph: dict[str, Any], seconds: float = SECONDS) -> Result:
+        """Queue a prompt in API format and wait for its end, at most so long."""
         try:
             answer = self.post("/prompt", {"prompt": graph})
         except urllib.error.HTTPError as refusal:
             raise PromptFailed(refusal.read().decode()) from None
-        entry = self.wait(answer["prompt_id"])
+        entry = self.wait(answer["prompt_id"], seconds)
         if answer["node_errors"]:  # of one output; others ran
             raise PromptFailed(json.dumps(answer["node_errors"]))
         if entry["status"]["status_str"] != "success":
             raise PromptFailed(_what_went_wrong(entry))
         return Result(entry["outputs"], self.output)
 
-    def wait(self, prompt_id: str) -> dict[str, Any]:
+    def wait(self, prompt_id: str, seconds: float = SECONDS) -> dict[str, Any]:
         """The history entry of a prompt, once it has ended."""
-        deadline = time.monotonic() + SECONDS
+        deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             entry = self.json(f"/history/{prompt_id}").get(prompt_id)
             if (entry and entry["status"]["completed"]) or (
@@ -131,7 +131,7 @@ class Host:
             ):
                 return entry
             time.sleep(0.2)
-        raise TimeoutError(f"prompt {prompt_id} did not end within {SECONDS} s")
+        raise TimeoutError(f"prompt {prompt_id} did not end within {seconds} s")
 
 
 def _what_went_wrong(entry: dict[str, Any]) -> str:

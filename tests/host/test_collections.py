@@ -217,6 +217,29 @@ def test_an_identity_of_text_encoders_asks_for_a_clip_that_fits(host: Host) -> N
         host.run(graph.nodes)
 
 
+def test_an_identity_of_text_encoders_has_no_start(host: Host) -> None:
+    write_with_texts(host.base / "models" / "loras" / "texts")
+    graph = Graph()
+    model: Link = [graph.add("Probe_ReducedModel", family="SDXL"), 0]
+    clip: Link = [graph.add("Probe_Texts"), 0]
+    _, drawn = mixture(graph, "texts", text_encoders=True)
+    applied = graph.add(
+        "W2WPP_ApplyDecodedLora",
+        model=model,
+        identity=drawn,
+        strength=1.0,
+        clip=clip,
+        start_percent=0.2,
+    )
+    graph.add("Probe_TextWeights", clip=[applied, 2], file="texts-late.safetensors")
+    with pytest.raises(PromptFailed, match=r"start_percent is 0\.2.*Set start_percent to 0"):
+        host.run(graph.nodes)
+    assert not (host.output / "texts-late.safetensors").exists()
+    graph.nodes[applied]["inputs"]["start_percent"] = 0.0
+    host.run(graph.nodes)
+    assert (host.output / "texts-late.safetensors").exists()
+
+
 def told(path: Path) -> dict:
     raw = path.read_bytes()
     header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 import urllib.error
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 import w2wpp
 from w2wpp.training.dataset import load_dataset
 
-from .graphs import AvatarGraph, Graph
+from .graphs import SAMPLER, AvatarGraph, Graph
 from .server import Host, PromptFailed
 
 NAMES = ("anna", "ben", "chloe")
@@ -250,6 +251,78 @@ def test_what_is_refused(host: Host, trained: str, change: dict, message: str) -
     train(graph, **change)
     with pytest.raises(PromptFailed, match=message):
         host.run(graph.nodes)
+
+
+@pytest.fixture
+def captions(people: Path) -> Iterator[None]:
+    """Words beside every picture but one."""
+    pictures = sorted(people.glob("*/*.png"))
+    files = [p.with_suffix(".txt") for p in pictures[1:]]
+    for i, file in enumerate(files):
+        file.write_text(f"{('red', 'blue')[i % 2]} background,\n smiling", encoding="utf-8")
+    yield
+    for file in files:
+        file.unlink()
+
+
+def encoded(graph: AvatarGraph, text: str) -> list:
+    return [graph.add("CLIPTextEncode", text=text, clip=[graph.loader, 5]), 0]
+
+
+def test_words_of_the_avatar_model_make_the_prompts_that_its_menus_do(host: Host) -> None:
+    graph = AvatarGraph(background="blue", smile="smiling", light="left")
+    prompts = {
+        "menus": ([graph.loader, 1], [graph.loader, 2]),
+        "text": (
+            encoded(graph, "A person, SMILING; blue background, light from the left, not red"),
+            encoded(graph, ""),
+        ),
+        "other": (encoded(graph, "person, red, smiling, left"), encoded(graph, "")),
+    }
+    saved = {}
+    for name, (positive, negative) in prompts.items():
+        sampled = graph.add(
+            "KSampler", model=graph.model, positive=positive, negative=negative,
+            latent_image=[graph.loader, 4], seed=3, **SAMPLER,
+        )  # fmt: skip
+        decoded = graph.add("VAEDecode", samples=[sampled, 0], vae=[graph.loader, 3])
+        saved[name] = graph.add("SaveImage", images=[decoded, 0], filename_prefix=name)
+    result = host.run(graph.nodes)
+    menus, text, other = (result.pictures(saved[name])[0].astype(int) for name in prompts)
+    assert (menus == text).all() and np.abs(menus - other).mean() > 5
+
+
+def test_captions_are_trained_under_with_a_clip_and_named_without(
+    host: Host, people: Path, trained: str, captions: None
+) -> None:
+    graph = AvatarGraph()
+    node = train(graph)
+    text = host.run(graph.nodes).outputs[node]["text"][0]
+    assert "NOT USED: captions of 11 pictures. Connect 'clip'" in text
+    assert "3 were finished before" in text  # an older training goes on as it was
+    graph = AvatarGraph()
+    node = train(graph, clip=[graph.loader, 5], save_as="captioned")
+    text = host.run(graph.nodes).outputs[node]["text"][0]
+    assert "11 of 12 pictures were trained under captions of their own, the other 1" in text
+    with_words, without = vectors(host, "captioned"), vectors(host, "test people")
+    assert ((with_words - without).norm(dim=1) > 0.05 * without.norm(dim=1)).all()
+    # Other words are another training of whoever has them.
+    (first, *_) = sorted((people / "ben").glob("*.txt"))
+    first.write_text("serious")
+    text = host.run(graph.nodes).outputs[node]["text"][0]
+    assert "2 were finished before" in text
+    assert torch.equal(vectors(host, "captioned")[[0, 2]], with_words[[0, 2]])
+    assert not torch.equal(vectors(host, "captioned")[1], with_words[1])
+    first.write_bytes(b"\xff\xfe\0")
+    with pytest.raises(PromptFailed, match="can't be read as a caption"):
+        host.run(graph.nodes)
+
+
+def test_a_clip_without_captions_changes_nothing(host: Host, trained: str) -> None:
+    graph = AvatarGraph()
+    node = train(graph, clip=[graph.loader, 5])
+    text = host.run(graph.nodes).outputs[node]["text"][0]
+    assert "3 were finished before" in text and "no picture has a caption" in text
 
 
 def test_a_file_that_is_no_picture_is_named(host: Host, people: Path, trained: str) -> None:

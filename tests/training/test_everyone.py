@@ -67,6 +67,56 @@ def test_everybody_meets_the_same_noise_and_their_own_pictures_in_turn():
     assert torch.equal(again[1], noises[3])
 
 
+def under(words):
+    """A model that adds to every row what its prompt says."""
+    told = torch.tensor(words).view(-1, 1, 1, 1)
+    return lambda noisy, timestep, vectors: denoise(noisy, timestep, vectors) + told
+
+
+def words_of(name):
+    return [0.1 * i + ord(name[0]) for i in range(len(pictures_of(name)))]
+
+
+@pytest.mark.parametrize("rows", [5, 10, None])
+def test_every_picture_is_met_under_its_own_prompt(rows):
+    album = Album([pictures_of(n) for n in NAMES], CONFIG, 40, [words_of(n) for n in NAMES])
+    for step in range(3):
+        for name, own in zip(NAMES, album.prompts(step)):
+            words = words_of(name)
+            assert own == [words[i % len(words)] for i in range(4 * step, 4 * step + 4)]
+    w = torch.randn(5, LAYOUT.size, generator=torch.Generator().manual_seed(1))
+    x0, noise, timestep = album.batch(2)
+    expected = 0.0
+    for person in range(5):
+        noisy, target = SCHEDULE.add_noise(x0[person], noise, timestep)
+        told = torch.tensor(album.prompts(2)[person]).view(-1, 1, 1, 1)
+        error = denoise(noisy, timestep, w[person : person + 1]) + told - target
+        expected += error.square().mean()
+    got = people_loss(album, denoise, SCHEDULE, rows=rows, under=under)(w, 2)
+    torch.testing.assert_close(got, expected)
+
+
+def test_people_with_prompts_of_their_own(tmp_path):
+    def told(name, offset=0.0):
+        words = [offset + 0.01 * i for i in range(len(pictures_of(name)))]
+        return Person(name, f"{name} {offset}", lambda: pictures_of(name), lambda: words)
+
+    plain = training(tmp_path / "plain").train(people(*NAMES[:3]))
+    same = training(tmp_path / "zero", under=lambda words: denoise).train(
+        [told(n) for n in NAMES[:3]]
+    )
+    assert torch.equal(same.vectors, plain.vectors)  # a model that heeds no words
+    found = training(tmp_path / "told", under=under).train([told(n, 1.0) for n in NAMES[:3]])
+    assert (found.vectors - plain.vectors).norm(dim=1).min() > 0.01
+    again = training(tmp_path / "told", under=under).train(
+        [told("anna", 1.0), told("ben", 2.0), told("chloe", 1.0)]
+    )
+    assert again.resumed == 2
+    for some in ([told("anna"), *people("ben")], [told("anna")]):
+        with pytest.raises(W2WError, match="for all people or for none"):
+            training(tmp_path / "wrong", under=under if len(some) > 1 else None).train(some)
+
+
 @pytest.mark.parametrize("rows", [1, 5, 10, 20, None])
 def test_the_loss_and_its_gradient_do_not_depend_on_how_much_goes_through_at_once(rows):
     album = Album([pictures_of(n) for n in NAMES], CONFIG, 40)
@@ -197,6 +247,7 @@ def test_alpha_changes_the_unit_and_not_what_is_learned(tmp_path):
         lambda: Album([torch.zeros(2, 1, 2, 2), torch.zeros(2, 1, 3, 2)], CONFIG, 40),
         lambda: Album([torch.zeros(0, 1, 2, 2)], CONFIG, 40),
         lambda: Album([torch.full((1, 1, 2, 2), torch.nan)], CONFIG, 40),
+        lambda: Album([torch.zeros(2, 1, 2, 2)], CONFIG, 40, [["one prompt for two"]]),
     ],
 )
 def test_bad_settings_and_pictures(wrong):

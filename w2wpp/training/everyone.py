@@ -11,6 +11,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,8 +33,10 @@ class Person:
     """Somebody to train a LoRA for."""
 
     name: str  # also that of their file
-    key: str  # changes whenever their pictures do
+    key: str  # changes whenever their pictures do, or the words of these
     pictures: Callable[[], Tensor]  # latents [n, C, h, w], made when they are needed
+    # The n prompts of these, as `Everyone.under` takes them; of all people or of none.
+    prompts: Callable[[], Sequence[Any]] | None = None
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,8 @@ class Everyone:
     together: int = 16  # most people side by side
     rows: int | None = None  # most pictures that go through the model at once
     device: torch.device | str = "cpu"
+    # The model with a prompt for each row, for people with prompts of their own.
+    under: Callable[[Sequence[Any]], Denoise] | None = None
     # May raise to stop; what is done by then is kept.
     callback: Callable[[Moment], None] = lambda moment: None
 
@@ -82,6 +87,12 @@ class Everyone:
         names = [portable_name(p.name, "") for p in people]
         if not people or len(set(map(str.casefold, names))) != len(names):
             raise DataError(f"People to train have names, each its own. Got {names[:6]}.")
+        told = sum(p.prompts is not None for p in people)
+        if told not in (0, len(people)) or (told and self.under is None):
+            raise DataError(
+                f"Pictures have prompts of their own for all people or for none, and a model that takes them. Got "
+                f"{told} of {len(people)} people with prompts."
+            )
         start = self._start(people)
         run = _digest(self.run, start.vector, start.preconditioner)
         return self._train("people", people, start, run)
@@ -185,8 +196,9 @@ class Everyone:
 
     def _loss(self, group: Sequence[Person]) -> PeopleLoss:
         pictures = [p.pictures().to(self.device) for p in group]
-        album = Album(pictures, self.config, len(self.schedule))
-        return people_loss(album, self.denoise, self.schedule, rows=self.rows)
+        prompts = [p.prompts() for p in group if p.prompts is not None]
+        album = Album(pictures, self.config, len(self.schedule), prompts or None)
+        return people_loss(album, self.denoise, self.schedule, rows=self.rows, under=self.under)
 
     def _measuring(self, group: Sequence[Person]) -> PeopleLoss:
         """The loss of the first people, which can be stopped between its batches."""
