@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = (
     ("errors", "commands"),
     ("arrays", "bundle"),
-    ("files", "metrics", "noise", "precision", "rates"),
+    ("files", "metrics", "noise", "precision", "rates", "workers"),
     ("lora.layout", "diffusion", "plots", "populations", "placement"),
     ("weight_metric", "sight"),
     ("basis",),

@@ -21,8 +21,8 @@ lifting cuts the combination to it, projecting reads A and B in any gauge.
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -34,11 +34,15 @@ from .basis import KEPT_BYTES
 from .errors import ConfigError, DataError, FormatError
 from .files.container import Container, Streamed
 from .lora.collection import Stacks
-from .lora.delta import Factors, Stack, cut, inner, square_norm, stack
+from .lora.delta import Factors, Room, Stack, cut, inner, square_norm, stack
 from .lora.families import blocks
 from .lora.layout import Layout
+from .workers import in_order
 
 UNCUT_RANK = 256  # of all members together, up to which they are cheaper side by side than cut
+MOST_AT_ONCE = 8  # modules that are multiplied at a time
+STACK_BYTES = 8  # of a number of a stack: in half precision by itself and side by side, and single
+WORKING_BYTES = 1 << 30  # of the stacks in use at a time, unless one alone takes more
 NEGLIGIBLE = 1e-6  # share of the largest eigenvalue below which a component is rounding
 
 
@@ -475,7 +479,7 @@ def compute_grams(
     device: torch.device | str = "cpu",
     module_weights: Tensor | None = None,
 ) -> Grams:
-    """Inner products of all members, reading each module once, the next one while one is multiplied.
+    """Inner products of all members, reading each module once, the next one while others are multiplied.
 
     `module_weights` [M]: how much each module counts, one by default.
 
@@ -489,14 +493,28 @@ def compute_grams(
     named = blocks(m.name for m in modules)
     by_block = {b: torch.zeros(n, n, dtype=torch.float64) for b in sorted(set(named.values()))}
     scales = torch.zeros(len(modules), n, dtype=torch.float64)
-    for i, found in enumerate(_read_ahead(stacks, len(modules))):
+    at_once, cores = _division(stacks, layout, device)
+    turns, own = threading.Semaphore(at_once), threading.local()
+
+    def multiplied(i: int) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Inner products of a module [N, N], and whose its columns are, with their scales [R]."""
+        if not hasattr(own, "room"):
+            own.room = Room()
+        found = stacks.stack(i, own.room)
+        if found is None:
+            return None
+        with turns:
+            return _inner_on(device, found), found.owner, found.scale
+
+    # One more than multiply at a time, to read meanwhile.
+    for i, found in enumerate(in_order(multiplied, len(modules), at_once=at_once + 1, cores=cores)):
         if found is not None:
-            part = _inner_on(device, found)
+            part, owner, scale = found
             if module_weights is not None:
                 part *= float(module_weights[i])
             total += part
             by_block[named[modules[i].name]] += part
-            scales[i].index_copy_(0, found.owner, found.scale)
+            scales[i].index_copy_(0, owner, scale)
         if progress is not None:
             progress(i + 1, len(modules))
     if not bool(torch.isfinite(total).all()):
@@ -504,22 +522,22 @@ def compute_grams(
     return Grams(total, {b: g.float() for b, g in by_block.items()}, scales)
 
 
+def _division(stacks: Stacks, layout: Layout, device: torch.device | str) -> tuple[int, int]:
+    """How many modules are multiplied at a time, and on how many cores each."""
+    cores = torch.get_num_threads()
+    sizes = torch.tensor([m.in_features + m.out_features for m in layout.modules])
+    largest = STACK_BYTES * int((stacks.ranks.sum(1) * sizes).max())
+    if torch.device(device).type != "cpu":
+        return 1, cores
+    at_once = max(1, min(cores, MOST_AT_ONCE, WORKING_BYTES // largest - 1))
+    return at_once, max(1, cores // at_once)
+
+
 def _inner_on(device: torch.device | str, stack: Stack) -> Tensor:
     try:
         return inner(stack.to(device)).cpu()
     except torch.cuda.OutOfMemoryError:
         return inner(stack)
-
-
-def _read_ahead(stacks: Stacks, count: int) -> Iterator[Stack | None]:
-    """The modules in order; each is read while the one before is in use."""
-    with ThreadPoolExecutor(1, "w2wpp-read") as reader:
-        coming = reader.submit(stacks.stack, 0)
-        for i in range(count):
-            found = coming.result()
-            if i + 1 < count:
-                coming = reader.submit(stacks.stack, i + 1)
-            yield found
 
 
 class _FileStacks:
@@ -538,7 +556,7 @@ class _FileStacks:
             file.require(f"delta.{i:05d}.up", (total, m.out_features), torch.float16)
 
     @torch.inference_mode(False)
-    def stack(self, module: int) -> Stack:
+    def stack(self, module: int, room: Room | None = None) -> Stack:
         ranks = self.ranks[module].long()
         return Stack(
             self._file.read(f"delta.{module:05d}.down").float(),
@@ -555,7 +573,7 @@ class _Held:
     def __init__(self, stacks: list[Stack], ranks: Tensor) -> None:
         self._stacks, self.ranks, self.count = stacks, ranks, ranks.shape[1]
 
-    def stack(self, module: int) -> Stack:
+    def stack(self, module: int, room: Room | None = None) -> Stack:
         return self._stacks[module]
 
 
@@ -566,8 +584,8 @@ class _Moved:
         self._stacks, self._device = stacks, device
         self.count, self.ranks = stacks.count, stacks.ranks
 
-    def stack(self, module: int) -> Stack | None:
-        found = self._stacks.stack(module)
+    def stack(self, module: int, room: Room | None = None) -> Stack | None:
+        found = self._stacks.stack(module, room)
         return None if found is None else found.to(self._device)
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DataError, LayoutMismatch
-from .delta import Factors, Stack, cut, square_norm, stack
+from .delta import Factors, Room, Stack, cut, square_norm, stack
 from .families import UNKNOWN, Shape, is_original, join_key, recognise
 from .members import Member, member_of_tensors
 
@@ -34,8 +34,8 @@ class Stacks(Protocol):
     def ranks(self) -> Tensor:
         """[M, N], zero where a member lacks a module."""
 
-    def stack(self, module: int) -> Stack | None:
-        """Module number `module` of every member, in half precision."""
+    def stack(self, module: int, room: Room | None = None) -> Stack | None:
+        """Module number `module` of every member, in half precision; in `room` until the next one there."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,9 +100,9 @@ class Collection:
         name = self.names[module]
         return [self._read(m, name) for m in self.members]
 
-    def stack(self, module: int) -> Stack | None:
-        """A module of all members side by side; None if none has it."""
-        return stack(self.factors(module))
+    def stack(self, module: int, room: Room | None = None) -> Stack | None:
+        """A module of all members side by side, in `room` until the next one there; None if none has it."""
+        return stack(self.factors(module), room)
 
     def lost(self) -> tuple[float, float]:
         """|dW|^2 that the cut and the rounding to half precision lose, and what there was, over all members."""

@@ -12,6 +12,7 @@ QR decompositions of the two stacks and an SVD of what is between them (Eckart &
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -87,14 +88,46 @@ class Stack:
         return Factors(self.down[kept], self.up[:, kept] * share[kept])
 
 
-def stack(factors: Sequence[Factors | None]) -> Stack | None:
-    """One module of several LoRAs, None where one lacks it; None if all of them do."""
+class Room:
+    """Memory that is used again: the system takes its time to hand out large pieces anew.
+
+    What is taken under a name holds until more is taken under it.
+    """
+
+    def __init__(self) -> None:
+        self._held: dict[str, Tensor] = {}
+
+    def take(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A tensor whose numbers are yet to be written."""
+        size = math.prod(shape)
+        held = self._held.get(name)
+        if held is None or held.numel() < size or held.dtype != dtype:
+            held = self._held[name] = torch.empty(size, dtype=dtype)
+        return held[:size].view(*shape)
+
+    def side_by_side(self, name: str, parts: list[Tensor], dim: int) -> Tensor:
+        """Matrices of one type on the CPU side by side, in single precision."""
+        shape = [*parts[0].shape]
+        shape[dim] = sum(part.shape[dim] for part in parts)
+        stored = self.take(f"{name} as stored", shape, parts[0].dtype)
+        torch.cat(parts, dim, out=stored)
+        return self.take(name, shape, torch.float32).copy_(stored)
+
+
+def stack(factors: Sequence[Factors | None], room: Room | None = None) -> Stack | None:
+    """One module of several LoRAs, None where one lacks it; None if all of them do.
+
+    With `room`, for those on the CPU without gradients, it holds until the next one there.
+    """
     present = [(i, f) for i, f in enumerate(factors) if f is not None and f.rank]
     if not present:
         return None
+    downs, ups = [f.down for _, f in present], [f.up for _, f in present]
     # Put side by side first: narrow pieces are slow to convert one by one.
-    down = torch.cat([f.down for _, f in present]).float()
-    up = torch.cat([f.up for _, f in present], dim=1).float()
+    if room is not None and len({t.dtype for t in (*downs, *ups)}) == 1:
+        down, up = room.side_by_side("down", downs, 0), room.side_by_side("up", ups, 1)
+    else:
+        down, up = torch.cat(downs).float(), torch.cat(ups, dim=1).float()
     ranks = torch.tensor([f.rank for _, f in present])
     scale = torch.tensor([f.scale for _, f in present], dtype=torch.float64)
     owner = torch.tensor([i for i, _ in present])
