@@ -13,7 +13,7 @@ QR decompositions of the two stacks and an SVD of what is between them (Eckart &
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -161,16 +161,15 @@ def _inner_of_factors(first: Stack, second: Stack | None) -> Tensor:
     a, b = first.down.to(dtype), first.up.to(dtype)
     c, d = (a, b) if second is None else (second.down.to(dtype), second.up.to(dtype))
     found = torch.zeros(first.count, other.count, dtype=torch.float64, device=a.device)
+    (of_rows, e), (of_columns, f) = (_ownership(s, dtype) for s in (first, other))
     tiles = _tiles(first.rank, other.rank) if second is not None else _triangle(0, first.rank)
     for rows, columns in tiles:
         product = (a[rows] @ c[columns].T).mul_(b[:, rows].T @ d[:, columns])
-        (rows_of, sums), (columns_of, other_sums) = (
-            _by_owner(owner, product) for owner in (first.owner[rows], other.owner[columns])
-        )
-        part = sums.double().T @ (product @ other_sums).double()
-        found[rows_of, columns_of] += part
+        i, j = of_rows(rows), of_columns(columns)
+        part = e[rows, i].double().T @ (product @ f[columns, j]).double()
+        found[i, j] += part
         if second is None and rows != columns:  # what is on the other side of the diagonal
-            found[columns_of, rows_of] += part.T
+            found[j, i] += part.T
     return found * _by_lora(first)[:, None] * _by_lora(other)
 
 
@@ -201,12 +200,12 @@ def _moved(part: slice, by: int) -> slice:
     return slice(part.start + by, part.stop + by)
 
 
-def _by_owner(owner: Tensor, like: Tensor) -> tuple[slice, Tensor]:
-    """The owners of some columns, and the matrix [columns, owners] that adds up those of each."""
-    start, stop = int(owner[0]), int(owner[-1]) + 1
-    sums = like.new_zeros(len(owner), stop - start)
-    sums.scatter_(1, (owner - start)[:, None], 1.0)
-    return slice(start, stop), sums
+def _ownership(s: Stack, dtype: torch.dtype) -> tuple[Callable[[slice], slice], Tensor]:
+    """Who owns some columns of a stack, and the matrix [R, count] that adds up the columns of each."""
+    owners = s.owner.tolist()
+    sums = torch.zeros(s.rank, s.count, dtype=dtype, device=s.owner.device)
+    sums.scatter_(1, s.owner[:, None], 1.0)
+    return lambda part: slice(owners[part.start], owners[part.stop - 1] + 1), sums
 
 
 def _inner_multiplied_out(s: Stack) -> Tensor:
