@@ -1,11 +1,12 @@
 """Apply Decoded LoRA against the host's own Load LoRA, whole prompts in one real server, in turns.
 
     PYTHONPATH=. python benchmarks/apply_speed.py -o benchmarks/results/apply_speed.json
-    PYTHONPATH=. python benchmarks/apply_speed.py --model sdxl --steps 8 --size 512 \\
+    PYTHONPATH=. python benchmarks/apply_speed.py --model sdxl --steps 4 --rounds 3 \\
         -o benchmarks/results/apply_speed_sdxl.json   # 13 GB of memory
 
-Random weights, on the CPU. SD 1.5 at full size has a space of 1,000 components. SDXL (whole, or reduced in depth and
-width: a try) has the full module set of its LoRAs (reduced: six weights) in a collection of eight of rank 16, mixed.
+Random weights, on the CPU. SD 1.5 at full size has a space of 1,000 components. SDXL (whole, kept in half precision and
+computed in single, as the host does with checkpoints there; or reduced in depth and width: a try) has the full module
+set of its LoRAs (reduced: six weights) in a collection of eight of rank 16, mixed.
 Every prompt brings another person: one way decodes it and patches it in, the other loads the same LoRA from a file.
 COMFYUI_PATH and COMFYUI_PYTHON name the host, as for the tests.
 """
@@ -38,7 +39,7 @@ from w2wpp.training.fit_delta import fit_delta
 SPACE = "random.safetensors"
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "sd15": ("Probe_SD15", {"dtype": "float32", "inpaint": False}),
-    "sdxl": ("Probe_SDXL", {"dtype": "float32"}),
+    "sdxl": ("Probe_SDXL", {"dtype": "float16"}),
     "sdxl-reduced": ("Probe_ReducedModel", {"family": "SDXL"}),
 }
 FILES, RANK = 8, 16  # of a collection

@@ -10,6 +10,7 @@ import torch.multiprocessing as multiprocessing
 
 from w2wpp.training import by_gram as module
 from w2wpp.training import dataset as dataset_module
+from w2wpp.training.compute import Compute
 from w2wpp.training.config import VaeTraining
 from w2wpp.training.dataset import load_dataset, write_dataset
 from w2wpp.training.fit_basis import fit_coefficients
@@ -104,7 +105,7 @@ def test_ranks_share_the_people_whose_loras_are_built(tmp_path, monkeypatch):
     monkeypatch.setattr(Ranks, "wait", lambda self: None)
     config = loras.LoraSet(people=7, group=2)
     for rank in range(3):
-        args = (tmp_path, None, config, torch.zeros(7, 3), None, tmp_path, 1, Ranks(rank, 3), print)
-        files = loras._train_groups(*args)
+        args = (tmp_path, None, config, torch.zeros(7, 3), None, tmp_path, 1)
+        files = loras._train_groups(*args, Compute(), Ranks(rank, 3), print)
     assert sorted(file for file, _ in trained) == files
     assert torch.equal(torch.cat([rows for _, rows in trained]).sort().values, torch.arange(7))

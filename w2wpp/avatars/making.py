@@ -10,6 +10,7 @@ from typing import Any
 
 from ..files.writing import write_text
 from ..spacefile import load_space, save_directions, save_start
+from ..training.compute import Compute
 from ..training.dataset import VectorDataset, load_dataset
 from ..training.directions import report, space_directions
 from .build import spaces, start
@@ -83,7 +84,13 @@ def make_readers(world: World, log: Log, *, output: Path | None = None) -> Made:
 
 
 def make_loras(
-    world: World, log: Log, *, people: int | None, conditions: str, workers: int
+    world: World,
+    log: Log,
+    *,
+    people: int | None,
+    conditions: str,
+    workers: int,
+    compute: Compute | None = None,
 ) -> Made:
     """Fine-tune a LoRA for every person and gather them as a data set."""
     started = time.monotonic()
@@ -91,7 +98,9 @@ def make_loras(
     if people:
         config = replace(config, people=people)
     folder = world.work / f"loras-{conditions}"
-    dataset = build_loras(world.at(BASE), config, folder, workers=workers, callback=log)
+    dataset = build_loras(
+        world.at(BASE), config, folder, workers=workers, compute=compute, callback=log
+    )
     return {
         "written": str(folder / "dataset.safetensors"),
         "people": len(dataset),
@@ -101,11 +110,16 @@ def make_loras(
 
 
 def make_gate(
-    world: World, log: Log, *, data: Path | None = None, output: Path | None = None
+    world: World,
+    log: Log,
+    *,
+    data: Path | None = None,
+    output: Path | None = None,
+    compute: Compute | None = None,
 ) -> Made:
     """Judge whether there is anything to learn: the figures of results/world.json."""
     dataset, output = _dataset(world, data), output or world.at("results/world.json")
-    result = judge_world(_studio(world), dataset, components=spaces.components_of(dataset))
+    result = judge_world(_studio(world, compute), dataset, components=spaces.components_of(dataset))
     save_result(output, result, gate_table(result))
     log(gate_table(result))
     return {"written": str(output), **result}
@@ -119,11 +133,12 @@ def make_spaces(
     output: Path | None = None,
     ship: bool = False,
     replace: bool = False,
+    compute: Compute | None = None,
 ) -> Made:
     """Train the spaces that are compared; with `ship` the two that go into models/."""
     dataset, folder = _dataset(world, data), output or world.at("work/spaces")
-    model = model_of(_studio(world), dataset.layout)
-    written = spaces.train_spaces(dataset, folder, model=model, callback=log)
+    model = model_of(_studio(world, compute), dataset.layout)
+    written = spaces.train_spaces(dataset, folder, model=model, compute=compute, callback=log)
     if ship:
         written += spaces.ship(dataset, folder, world.models, replace=replace)
     return {"written": [str(path) for path in written]}
@@ -136,11 +151,12 @@ def make_start(
     space: Sequence[Path] = (),
     data: Path | None = None,
     ship: bool = False,
+    compute: Compute | None = None,
 ) -> Made:
     """Train a start network and add it to space files, in place."""
-    dataset, network = _dataset(world, data), start.reader(world.work, log)
+    dataset, network = _dataset(world, data), start.reader(world.work, log, compute)
     paths = [*space, *(map(world.at, SHIPPED) if ship else ())]
-    written = [start.add_start(path, network, dataset, _studio(world)) for path in paths]
+    written = [start.add_start(path, network, dataset, _studio(world, compute)) for path in paths]
     return {"written": [str(path) for path in written]}
 
 
@@ -177,11 +193,12 @@ def make_directions(
     data: Path | None = None,
     output: Path | None = None,
     ship: bool = False,
+    compute: Compute | None = None,
 ) -> Made:
     """Measure edit directions in pictures; with `ship` those that pass go into the space files."""
     started, dataset = time.monotonic(), _dataset(world, data)
     output = output or world.at("results/directions.json")
-    studio = replace(_studio(world), pictures=1)
+    studio = replace(_studio(world, compute), pictures=1)
     tables, results = [], {}
     for path in space or [world.at(name) for name in SHIPPED]:
         here = load_space(path)
@@ -217,5 +234,6 @@ def _dataset(world: World, path: Path | None) -> VectorDataset:
     return load_dataset(path or world.at(DATASET))
 
 
-def _studio(world: World) -> Studio:
-    return open_studio(world.at(BASE), world.at(EMBEDDER))
+def _studio(world: World, compute: Compute | None = None) -> Studio:
+    device = (compute or Compute()).device
+    return open_studio(world.at(BASE), world.at(EMBEDDER), device=device)

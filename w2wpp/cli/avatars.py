@@ -13,8 +13,13 @@ from ..avatars.places import MODELS, WORK, World
 from ..avatars.stages import BASE, DATASET, NAMED, SHIPPED, STAGES, Stage, require_inputs
 from ..errors import ConfigError
 from ..inversion import METHODS, OLDER_NAMES
+from ..training import compute
+from ..training.compute import Compute
 from .printing import Result, log
 from .renamed import renamed
+
+# Stages that take --device; what the others train is small, or shared by processes on the CPU.
+COMPUTED = ("loras", "gate", "spaces", "start", "directions")
 
 
 def register(verbs: Any) -> None:
@@ -35,6 +40,8 @@ def register(verbs: Any) -> None:
     loras.add_argument("--conditions", choices=("common", "own"), default="common")
     loras.add_argument("--workers", type=int, default=2, help="single-threaded processes")
 
+    for name in COMPUTED:
+        compute.add_options(made[name])
     for name in ("gate", "spaces", "start", "directions"):
         made[name].add_argument(
             "--data", type=Path, help="data set (default: the one in the work folder)"
@@ -85,6 +92,7 @@ def _register_demo(verbs: Any) -> None:
     )
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--truncation", type=float, default=0.9, help="below 1: closer to the mean")
+    compute.add_options(parser)
     parser.set_defaults(run=run_demo)
 
 
@@ -121,6 +129,7 @@ def _register_evaluate(verbs: Any) -> None:
         metavar="FILE",
         help="JSON; a table and plots are written beside it",
     )
+    compute.add_options(parser)
     parser.set_defaults(run=run_evaluate)
 
 
@@ -143,6 +152,7 @@ def _register_invert(verbs: Any) -> None:
         "--checkpoint", type=Path, metavar="FILE", help="saved there; taken up again if it exists"
     )
     parser.add_argument("--seed", type=int, default=0)
+    compute.add_options(parser)
     parser.set_defaults(run=run_invert)
 
 
@@ -162,8 +172,15 @@ def run_stage(args: argparse.Namespace) -> Result:
     """`w2wpp avatars STAGE`"""
     stage, world = NAMED[args.stage], World(work=args.work)
     options = {
-        k: v for k, v in vars(args).items() if k not in ("verb", "stage", "work", "run", "json")
+        k: v
+        for k, v in vars(args).items()
+        if k not in ("verb", "stage", "work", "run", "json", "device", "precision")
     }
+    where = _compute(args) if args.stage in COMPUTED else Compute()
+    if args.stage == "start" and args.precision == "auto":
+        options["compute"] = Compute.mixed(where.device)  # readers train alike in both precisions
+    elif args.stage in COMPUTED:
+        options["compute"] = where
     require_inputs(
         stage,
         world,
@@ -171,34 +188,54 @@ def run_stage(args: argparse.Namespace) -> Result:
     )
     from ..avatars import making
 
-    result: Result = getattr(making, f"make_{stage.name}")(world, log, **options)
+    with where.products():
+        result: Result = getattr(making, f"make_{stage.name}")(world, log, **options)
     return result
+
+
+def _compute(args: argparse.Namespace) -> Compute:
+    """What --device and --precision ask for, said where it is no plain CPU."""
+    where = Compute.pick(args.device, args.precision)
+    if where != Compute():
+        log(f"on {where.device} in {where.precision}")
+    return where
 
 
 def run_demo(args: argparse.Namespace) -> Result:
     """`w2wpp demo`"""
     from ..avatars.measure.demo import make_demo
 
-    return make_demo(args.output, models=MODELS, seed=args.seed, truncation=args.truncation)
+    where = _compute(args)
+    with where.products():
+        return make_demo(
+            args.output,
+            models=MODELS,
+            seed=args.seed,
+            truncation=args.truncation,
+            device=where.device,
+        )
 
 
 def run_invert(args: argparse.Namespace) -> Result:
     """`w2wpp invert`"""
     from ..avatars.measure.portrait import invert_file, say
 
-    return invert_file(
-        args.space,
-        args.image,
-        args.output,
-        base_path=World().at(BASE),
-        method=args.method,
-        mask_path=args.mask,
-        seed=args.seed,
-        crop=not args.no_framing,
-        strict=args.strict,
-        callback=say(log),
-        checkpoint=args.checkpoint,
-    )
+    where = _compute(args)
+    with where.products():
+        return invert_file(
+            args.space,
+            args.image,
+            args.output,
+            base_path=World().at(BASE),
+            method=args.method,
+            mask_path=args.mask,
+            seed=args.seed,
+            crop=not args.no_framing,
+            strict=args.strict,
+            callback=say(log),
+            checkpoint=args.checkpoint,
+            device=where.device,
+        )
 
 
 def run_evaluate(args: argparse.Namespace) -> Result:
@@ -206,14 +243,15 @@ def run_evaluate(args: argparse.Namespace) -> Result:
     from ..avatars.measure.reports import report_inversion, report_spaces
 
     common = {"data": args.data, "people": args.people, "workers": args.workers}
-    common |= {"output": args.output, "callback": log}
+    common |= {"output": args.output, "callback": log, "compute": (where := _compute(args))}
     if args.inversion:
         return report_inversion(args.space, World(), rows=args.rows, **common)
     if args.wild:
         from ..avatars.measure.wild_world import report_wild
 
         common.pop("workers")
-        return report_wild(args.space or [MODELS / "avatars.safetensors"], World(), **common)
+        with where.products():
+            return report_wild(args.space or [MODELS / "avatars.safetensors"], World(), **common)
     if not args.space:
         raise ConfigError("Name the spaces to evaluate, or ask for --inversion or --wild.")
     return report_spaces(args.space, World(), sampled=args.sampled, **common)

@@ -291,21 +291,27 @@ def _svd(f: Factors, rank: int) -> tuple[Tensor, Tensor, Tensor]:
 
     With B^T B = L L^T, Q = B L^-T is orthonormal and dW dW^T = Q (L^T A A^T L) Q^T. That squares singular values: in
     double precision those below 1e-7 of the largest are rounding, and become zero. Where B's columns are nearly
-    dependent, which roots square, QR decompositions take their place.
+    dependent, which roots square, QR decompositions take their place. A column of little weight, as of a LoRA that a
+    mixture hardly holds, is not dependent: columns have the length one here, and A's rows what they weigh.
     """
-    a, b = f.down.double(), f.up.double() * f.scale
-    root = _root(b.T @ b)
+    a, b = f.down.double(), f.up.double()
+    gram = b.T @ b
+    lengths = gram.diagonal().sqrt()
+    lengths = torch.where(lengths > 0, lengths, 1.0)
+    root = _root(gram / lengths / lengths[:, None])
     if root is None:
-        q_b, r_b = torch.linalg.qr(b)
+        q_b, r_b = torch.linalg.qr(b * f.scale)
         q_a, r_a = torch.linalg.qr(a.T)
         u, s, vt = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
         return q_b @ u[:, :rank], s[:rank], vt[:rank] @ q_a.T
-    squares, u = torch.linalg.eigh(root.T @ (a @ a.T) @ root)
+    weights = (lengths * f.scale)[:, None]
+    between = (a @ a.T) * weights * weights.T
+    squares, u = torch.linalg.eigh(root.T @ between @ root)
     squares, u = squares.flip(0)[:rank].clamp_min(0), u.flip(1)[:, :rank]
     s = torch.where(squares > LEAST_SQUARE * squares[0], squares.sqrt(), 0.0)
-    left = b @ torch.linalg.solve_triangular(root.T, u, upper=True)
+    left = b @ (torch.linalg.solve_triangular(root.T, u, upper=True) / lengths[:, None])
     inverse = torch.where(s > 0, 1 / s, 0.0)
-    return left, s, inverse[:, None] * ((root @ u).T @ a)
+    return left, s, inverse[:, None] * ((weights * (root @ u)).T @ a)
 
 
 def _root(gram: Tensor) -> Tensor | None:

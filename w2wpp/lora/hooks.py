@@ -44,6 +44,7 @@ def loras_applied(unet: nn.Module, layout: Layout | None, vectors: Tensor | None
         yield
         return
     modules = {module.name: unet.get_submodule(module.name) for module in layout.modules}
+    vectors = vectors.to(next(unet.parameters()).device)
     with hooked(modules, layout.unpack(vectors).__getitem__, layout.scale):
         yield
 

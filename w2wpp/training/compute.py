@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch import Tensor
 from ..errors import ConfigError, ResourceError
 from ..precision import cpu_has_bf16
 
+T = TypeVar("T")
 PRECISIONS = ("fp32", "tf32", "bf16")
 
 
@@ -67,6 +68,11 @@ class Compute:
                 yield
         finally:
             torch.set_float32_matmul_precision(before)
+
+    def run(self, call: Callable[..., T], *args: Any) -> T:
+        """call(*args) with products in this precision; for a process of its own."""
+        with self.products():
+            return call(*args)
 
     def put(self, t: Tensor) -> Tensor:
         """A tensor on the device; copies from page-locked memory do not wait."""

@@ -17,6 +17,7 @@ from torch import Tensor
 from ...errors import ConfigError
 from ...files.container import open_container, write_container
 from ...lora.layout import Layout
+from ...training.compute import Compute
 from ...training.dataset import VectorDataset, load_dataset, write_dataset
 from ...training.people import Start, initial_vector, measure_start, train_people
 from ...training.ranks import Ranks, current_ranks
@@ -63,21 +64,22 @@ def build_loras(
     folder: Path,
     *,
     workers: int = 1,
+    compute: Compute | None = None,
     callback: Callable[[str], None] = lambda line: None,
 ) -> VectorDataset:
     """Fine-tune everyone and write ``folder/dataset.safetensors``. ``folder`` keeps what is finished.
 
     Under `torchrun` the ranks share the people, each with workers of its own, and the folder.
     """
-    ranks = current_ranks()
+    ranks, compute = current_ranks(), compute or Compute()
     folder.mkdir(parents=True, exist_ok=True)
     layout = avatar_layout(
         load_base(base_path), targets=config.targets, rank=config.rank, alpha=config.alpha
     )
-    start = _start(base_path, layout, config, folder, workers, ranks, callback)
+    start = _start(base_path, layout, config, folder, workers, compute, ranks, callback)
     identity, people = config.identities(), folder / "people"
     files = _train_groups(
-        base_path, layout, config, identity, start, people, workers, ranks, callback
+        base_path, layout, config, identity, start, people, workers, compute, ranks, callback
     )
     if not ranks.is_writer:
         ranks.wait()
@@ -102,6 +104,7 @@ def _start(
     config: LoraSet,
     folder: Path,
     workers: int,
+    compute: Compute,
     ranks: Ranks,
     callback: Callable[[str], None],
 ) -> Start:
@@ -110,17 +113,20 @@ def _start(
     exists = path.exists()
     ranks.wait()  # so that all have looked before one writes
     if not exists:
-        base, pilots = load_base(base_path), config.pilots()
+        base, pilots = load_base(base_path).to(compute.device), config.pilots()
         callback("loras: measuring the pilot's preconditioner")
         few = pilots[: config.group]
         loss = people_loss(base, layout, few, config.training)
-        from_zero = measure_start(loss, initial_vector(layout), len(few))
+        with compute.products():
+            from_zero = measure_start(loss, initial_vector(layout), len(few))
+        pilot = folder / "pilot"
         files = _train_groups(
-            base_path, layout, config, pilots, from_zero, folder / "pilot", workers, ranks, callback
+            base_path, layout, config, pilots, from_zero, pilot, workers, compute, ranks, callback
         )
     if not exists and ranks.is_writer:
         mean = torch.cat([open_container(file, FORMAT).read("vectors") for file in files]).mean(0)
-        start = measure_start(loss, mean, len(few))
+        with compute.products():
+            start = measure_start(loss, mean, len(few))
         tensors = {"vector": start.vector, "preconditioner": start.preconditioner}
         write_container(
             path, tensors, format=FORMAT, config={"norm": start.norm, "made_by": _made_by(config)}
@@ -139,6 +145,7 @@ def _train_groups(
     start: Start,
     folder: Path,
     workers: int,
+    compute: Compute,
     ranks: Ranks,
     callback: Callable[[str], None],
 ) -> list[Path]:
@@ -152,7 +159,7 @@ def _train_groups(
     missing = [(file, rows) for file, rows in mine if not file.exists()]
     callback(f"loras: {len(mine) - len(missing)} of {len(mine)} groups in {folder.name} are done")
     shares = [missing[i::workers] for i in range(workers)]
-    args = (base_path, layout, config, identity, start)
+    args = (base_path, layout, config, identity, start, compute)
     if workers == 1:
         _work(0, shares, *args)
     elif missing:
@@ -169,13 +176,15 @@ def _work(
     config: LoraSet,
     identity: Tensor,
     start: Start,
+    compute: Compute,
 ) -> None:
     if len(shares) > 1:
         torch.set_num_threads(1)  # threads that wait for each other's processes are slower than one
-    base = load_base(base_path)
+    base = load_base(base_path).to(compute.device)
     for file, rows in shares[worker]:
         loss = people_loss(base, layout, identity[rows], config.training, rows)
-        vectors = train_people(loss, len(rows), start, config.training)
+        with compute.products():
+            vectors = train_people(loss, len(rows), start, config.training)
         write_container(
             file, {"vectors": vectors}, format=FORMAT, config={"made_by": _made_by(config)}
         )

@@ -18,6 +18,7 @@ from ...errors import ConfigError
 from ...space import Space
 from ...spacefile import extras, load_space, same_coordinates, save_space
 from ...training.coefficients import Coefficients
+from ...training.compute import Compute
 from ...training.config import VaeTraining, original_training
 from ...training.dataset import VectorDataset, write_dataset
 from ...training.fit_basis import fit_coefficients
@@ -100,9 +101,15 @@ class Workshop:
     """Makes candidates from one data set; bases and the sketch are made once. Folder ``sketches`` keeps the latter."""
 
     def __init__(
-        self, dataset: VectorDataset, model: Model | None = None, *, folder: Path | None = None
+        self,
+        dataset: VectorDataset,
+        model: Model | None = None,
+        *,
+        folder: Path | None = None,
+        compute: Compute | None = None,
     ) -> None:
         self.dataset, self.model, self.folder = dataset, model, folder
+        self.compute = compute or Compute()
         self.fitted: Callable[[str], tuple[Basis, Coefficients]] = cache(self._fitted)
         self.rows: Callable[[], Tensor] = cache(self._rows)
 
@@ -131,7 +138,14 @@ class Workshop:
         else:
             term = self._output_term(basis) if candidate.outputs else None
             training_vae = _vae(candidate)
-            space = fit_vae(coefficients, basis, training_vae, provenance=about, outputs=term)
+            space = fit_vae(
+                coefficients,
+                basis,
+                training_vae,
+                provenance=about,
+                outputs=term,
+                compute=self.compute,
+            )
         return with_flow(space, coefficients) if candidate.flow else space
 
     def smaller(self, people: int) -> Workshop:
@@ -145,7 +159,7 @@ class Workshop:
             heldout=data.heldout[rows],
             labels=None if labels is None else labels[rows],
         )
-        other = Workshop(fewer, self.model, folder=self.folder)
+        other = Workshop(fewer, self.model, folder=self.folder, compute=self.compute)
         other.rows = self.rows
         return other
 
@@ -154,19 +168,24 @@ class Workshop:
         chunks = self.dataset.chunks(self.dataset.training_rows)
         largest = max(float(w.abs().max()) for _, w in chunks)
         affine = AffineBasis(self.dataset.layout.size, scale=1 / largest)
-        return fit_vae(self.dataset, affine, _vae(candidate), provenance=about)
+        return fit_vae(
+            self.dataset, affine, _vae(candidate), provenance=about, compute=self.compute
+        )
 
     def _output_term(self, basis: Basis) -> OutputTerm:
         model, training = self.model, self.dataset.training_rows
         assert model is not None
         vectors = self.dataset.vectors(training)
+        basis = basis.to(self.compute.device)
         return OutputTerm(model.denoise, model.schedule, model.pictures, basis, vectors)
 
     def _fitted(self, metric: str) -> tuple[Basis, Coefficients]:
         how: Any = metric
         if metric == "functional":
             how = functional_metric(self.dataset, self.rows())
-        fitted = fit_coefficients(self.dataset, components_of(self.dataset), metric=how)
+        fitted = fit_coefficients(
+            self.dataset, components_of(self.dataset), metric=how, compute=self.compute
+        )
         return fitted.basis, fitted.coefficients
 
     def _rows(self) -> Tensor:
@@ -229,6 +248,7 @@ def train_spaces(
     *,
     model: Model | None = None,
     only: Collection[Candidate] | None = None,
+    compute: Compute | None = None,
     callback: Callable[[str], None] = lambda line: None,
 ) -> list[Path]:
     """Fit every candidate, or some, on the training people and write it to ``folder``; what exists is kept.
@@ -237,7 +257,7 @@ def train_spaces(
     fitted to what it does.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    workshop, written = Workshop(dataset, model, folder=folder), []
+    workshop, written = Workshop(dataset, model, folder=folder, compute=compute), []
     for candidate in (*candidates(), DEFAULT) if only is None else only:
         path = folder / f"{candidate.name}.safetensors"
         if not path.exists():

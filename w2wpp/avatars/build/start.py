@@ -13,6 +13,7 @@ from ...files.container import open_container, write_container
 from ...space import Space
 from ...spacefile import load_space, save_start
 from ...start_network import StartNetwork, build_start
+from ...training.compute import Compute
 from ...training.dataset import VectorDataset
 from ...training.directions import encode_rows
 from ...training.fit_start import (
@@ -34,11 +35,15 @@ PAINTINGS = 2_000  # latents that are painted, twice each, to calibrate the answ
 TRAINING = StartTraining(steps=4_500)
 
 
-def reader(folder: Path, callback: Callable[[str], None]) -> StartNetwork:
+def reader(
+    folder: Path, callback: Callable[[str], None], compute: Compute | None = None
+) -> StartNetwork:
     """The network that reads traits from pictures; made once, kept in ``folder``."""
     path, config = folder / "reader.safetensors", TRAINING
     if not path.exists():
-        network = train_reader(_rendered(config.seed), len(TRAITS), config, callback=callback)
+        network = train_reader(
+            _rendered(config.seed), len(TRAITS), config, compute=compute, callback=callback
+        )
         about = {"network": network.config, "training": asdict(config), "pictures": PICTURES}
         write_container(path, dict(network.state_dict()), format=FORMAT, config=about)
     file = open_container(path, FORMAT)

@@ -30,11 +30,23 @@ SCENES = (
 
 
 def make_demo(
-    folder: Path, *, models: Path, seed: int = 7, truncation: float = 0.9
+    folder: Path,
+    *,
+    models: Path,
+    seed: int = 7,
+    truncation: float = 0.9,
+    device: torch.device | str = "cpu",
 ) -> dict[str, Any]:
-    """Write pictures, identities, LoRAs and a contact sheet into ``folder``; returns what was made and measured."""
+    """Write pictures, identities, LoRAs and a contact sheet into ``folder``; returns what was made and measured.
+
+    The base and the embedder compute on the device.
+    """
     space = load_space(models / "avatars.safetensors")
-    studio = open_studio(models / "avatar-base.safetensors", models / "avatar-embedder.safetensors")
+    studio = open_studio(
+        models / "avatar-base.safetensors",
+        models / "avatar-embedder.safetensors",
+        device=device,
+    )
     people = space.sample(
         PEOPLE, generator=torch.Generator().manual_seed(seed), truncation=truncation
     )
@@ -53,6 +65,7 @@ def make_demo(
         folder / "inverted.safetensors",
         base_path=models / "avatar-base.safetensors",
         method="adam",
+        device=device,
     )
     portrait = read_picture(models.parent / "example_workflows" / "avatar_portrait.png")
     inverted = load_identity(folder / "inverted.safetensors")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from ...metrics import (
 from ...plots import plot_errors, plot_latents
 from ...space import Space
 from ...spacefile import load_space
+from ...training.compute import Compute
 from ...training.dataset import VectorDataset, load_dataset
 from ..build.loras import LoraSet
 from ..world.painter import GUIDANCE
@@ -55,11 +56,17 @@ class Protocol:
     truncation: float = 1.0
     guidance: float = GUIDANCE
     seed: int = 77
+    compute: Compute = field(default_factory=Compute)
 
     def studio(self) -> Studio:
         """The studio in which everyone is photographed."""
         return open_studio(
-            self.base, self.embedder, pictures=self.pictures, seed=self.seed, guidance=self.guidance
+            self.base,
+            self.embedder,
+            device=self.compute.device,
+            pictures=self.pictures,
+            seed=self.seed,
+            guidance=self.guidance,
         )
 
     def heldout(self, dataset: VectorDataset) -> Tensor:
@@ -79,9 +86,12 @@ def evaluate_spaces(
     with ProcessPoolExecutor(
         workers, get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
     ) as pool:
-        rows, real = pool.submit(reference_rows, protocol).result()
+        run = protocol.compute.run
+        rows, real = pool.submit(run, reference_rows, protocol).result()
         callback("reference rows done")
-        jobs = {_row_name(path): pool.submit(judge_space, path, protocol, real) for path in spaces}
+        jobs = {
+            _row_name(path): pool.submit(run, judge_space, path, protocol, real) for path in spaces
+        }
         for name, job in jobs.items():
             rows[name] = job.result()
             callback(f"{name} done")

@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from ...errors import ConfigError, DataError
 from ...inversion import FROM_AVERAGE, FROM_GUESS, Adam, Cma, Objective, Pivotal, Recipe
 from ...metrics import estimate, id_scores, pose_diversity
 from ...spacefile import load_space
+from ...training.compute import Compute
 from ...training.dataset import load_dataset
 from ...training.people import Momentum, measure_start
 from ..build.dreambooth import DreamBooth, people_loss
@@ -96,6 +97,7 @@ class Material:
     dataset: Path
     spaces: dict[str, Path]
     people: int = 50
+    compute: Compute = field(default_factory=Compute)
 
     def scored(self) -> Tensor:
         """Row numbers of the held-out people that are scored, after those kept for tuning.
@@ -138,7 +140,7 @@ def run_benchmark(
         workers, get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
     ) as pool:
         jobs = {
-            pool.submit(score, row, name, material, group): (name, i)
+            pool.submit(material.compute.run, score, row, name, material, group): (name, i)
             for name, row in wanted.items()
             for i, group in enumerate(groups)
         }
@@ -159,7 +161,9 @@ def run_benchmark(
 def score(row: Row, name: str, material: Material, people: Tensor) -> Scores:
     """One row on some people [N]: values by person, and the cost of each."""
     dataset = load_dataset(material.dataset)
-    studio = open_studio(material.base, material.embedder, seed=int(people[0]))
+    studio = open_studio(
+        material.base, material.embedder, device=material.compute.device, seed=int(people[0])
+    )
     assert dataset.labels is not None
     identity = dataset.labels[people]
     started = time.process_time()

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ...errors import ConfigError
@@ -34,13 +35,14 @@ def invert_file(
     strict: bool = False,
     callback: Callback | None = None,
     checkpoint: Path | None = None,
+    device: torch.device | str = "cpu",
 ) -> dict[str, Any]:
     """Find the person of a picture file, write them to ``output``, and say what it took and how far to trust it.
 
     A mask file is white where the person is. With a checkpoint an interrupted call goes on where it was. Strict refuses
-    what should not be trusted, after writing it.
+    what should not be trusted, after writing it. The base computes on the device.
     """
-    space, base = load_space(space_path), load_base(base_path)
+    space, base = load_space(space_path), load_base(base_path).to(device)
     picture, opacity = picture_layers(picture_path)
     mask = None
     if mask_path is not None:

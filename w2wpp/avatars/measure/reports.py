@@ -9,6 +9,7 @@ from typing import Any
 
 from ...files.text import read_json
 from ...plots import plot_curves
+from ...training.compute import Compute
 from ..places import World
 from ..records import hardware, save_result
 from ..stages import BASE, EMBEDDER, SHIPPED
@@ -25,6 +26,7 @@ def report_spaces(
     people: int,
     sampled: int,
     workers: int,
+    compute: Compute | None = None,
     output: Path | None = None,
     callback: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
@@ -35,11 +37,13 @@ def report_spaces(
         dataset=data,
         people=people,
         sampled=sampled,
+        compute=compute or Compute(),
     )
     started, paths = time.monotonic(), list(paths)
     rows = evaluation.evaluate_spaces(paths, protocol, workers=workers, callback=callback)
     result = {
         "guidance": protocol.guidance,
+        "compute": protocol.compute.to_json(),
         "rows": rows,
         "hardware": hardware(),
         "seconds": round(time.monotonic() - started),
@@ -47,7 +51,7 @@ def report_spaces(
     callback(evaluation.table(rows))
     if output:
         save_result(output, result, evaluation.table(rows))
-        evaluation.draw(paths, protocol, output.with_suffix(""))
+        protocol.compute.run(evaluation.draw, paths, protocol, output.with_suffix(""))
     return result
 
 
@@ -59,6 +63,7 @@ def report_inversion(
     people: int,
     rows: Sequence[str] = (),
     workers: int,
+    compute: Compute | None = None,
     output: Path | None = None,
     callback: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
@@ -70,6 +75,7 @@ def report_inversion(
         data,
         {path.stem: path for path in [*shipped, *further]},
         min(people or MOST_PEOPLE, MOST_PEOPLE),
+        compute or Compute(),
     )
     output = output or world.at("results/inversion.json")
     before = read_json(output) if rows and output.exists() else {}

@@ -13,6 +13,7 @@ from torch import Tensor
 from ...errors import ConfigError
 from ...lora.layout import Layout
 from ...spacefile import load_space
+from ...training.compute import Compute
 from ...training.dataset import load_dataset
 from ..places import World
 from ..records import hardware, save_result
@@ -82,6 +83,7 @@ def report_wild(
     *,
     data: Path,
     people: int,
+    compute: Compute | None = None,
     output: Path | None = None,
     callback: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
@@ -99,7 +101,12 @@ def report_wild(
     rows = dataset.heldout_rows[: people or None]
     if dataset.labels is None or not len(rows):
         raise ConfigError(f"{data} holds no held-out people with their traits.")
-    studio = open_studio(world.at(BASE), world.at(EMBEDDER), seed=int(rows[0]))
+    studio = open_studio(
+        world.at(BASE),
+        world.at(EMBEDDER),
+        device=(compute or Compute()).device,
+        seed=int(rows[0]),
+    )
     output = output or world.at("results/wild.json")
 
     def save(result: dict[str, Any]) -> None:

@@ -83,11 +83,16 @@ class AvatarBase(nn.Module):
         )  # fmt: skip
         self.register_buffer("alphas_cumprod", (1 - root**2).cumprod(0).float(), persistent=False)
 
+    @property
+    def device(self) -> torch.device:
+        """Where it computes. Pictures come from anywhere and go back there."""
+        return self.alphas_cumprod.device
+
     def prompt(self, words: Tensor, *, person: bool = True) -> Tensor:
         """Tokens of a prompt: word indices [B, 3] (background, smile, light; -1 for none) -> [B, 4, context]."""
         first = torch.full((len(words), 1), 0 if person else -1)
-        rows = torch.cat([first, words], dim=1) + 1 + self._slot_offsets()
-        return self.tokens(rows)
+        rows = torch.cat([first, words.cpu()], dim=1) + 1 + self._slot_offsets()
+        return self.tokens(rows.to(self.device))
 
     def unconditional(self, count: int) -> Tensor:
         """The empty prompt [B, 4, context]."""
@@ -95,7 +100,7 @@ class AvatarBase(nn.Module):
 
     def described(self, prompt: Tensor, identity: Tensor, told: Tensor) -> Tensor:
         """Describe the person of ``prompt`` [B, 4, context]: identity [B, 20], told [B, 20] in {0, 1}."""
-        note = self.describe(torch.cat([identity * told, told], dim=1))
+        note = self.describe(torch.cat([identity * told, told], dim=1).to(self.device))
         return torch.cat([prompt[:, :1] + note[:, None], prompt[:, 1:]], dim=1)
 
     def _slot_offsets(self) -> Tensor:
@@ -104,14 +109,15 @@ class AvatarBase(nn.Module):
 
     def forward(self, noisy: Tensor, timestep: Tensor, prompt: Tensor) -> Tensor:
         """Predict v from noisy pictures [B, 3, H, W], timesteps [B] and prompts [B, 4, context]."""
-        folded = F.pixel_unshuffle(noisy, self.config.fold)
-        output = self.unet(folded, timestep, encoder_hidden_states=prompt).sample
-        return F.pixel_shuffle(output, self.config.fold)
+        folded = F.pixel_unshuffle(noisy.to(self.device), self.config.fold)
+        output = self.unet(folded, timestep.to(self.device), encoder_hidden_states=prompt).sample
+        return F.pixel_shuffle(output, self.config.fold).to(noisy.device)
 
     def add_noise(self, pictures: Tensor, noise: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
         """Noisy pictures and the v they should give back (Salimans & Ho 2022, appendix D)."""
-        alpha = self.alphas_cumprod[timestep].sqrt()[:, None, None, None]
-        sigma = (1 - self.alphas_cumprod[timestep]).sqrt()[:, None, None, None]
+        abar = self.alphas_cumprod[timestep.to(self.device)].to(pictures.device)
+        alpha = abar.sqrt()[:, None, None, None]
+        sigma = (1 - abar).sqrt()[:, None, None, None]
         return alpha * pictures + sigma * noise, alpha * noise - sigma * pictures
 
 

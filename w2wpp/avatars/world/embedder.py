@@ -23,7 +23,7 @@ POSE_SIZE = 4  # shift right, shift down, log scale, rotation
 
 
 class AvatarEmbedder(nn.Module):
-    """A small residual CNN with a head for each question."""
+    """A small residual CNN with a head for each question. Pictures come from any device, and answers go back there."""
 
     def __init__(self, width: int = 48) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class AvatarEmbedder(nn.Module):
         self.pose_head = nn.Linear(256, POSE_SIZE)
 
     def _features(self, pictures: Tensor) -> Tensor:
-        hidden = self.stem(F.pixel_unshuffle(pictures, 2))
+        hidden = self.stem(F.pixel_unshuffle(pictures.to(self.stem.weight.device), 2))
         for block in self.blocks:
             hidden = block(hidden)
         return self.neck(hidden.flatten(1))
@@ -47,12 +47,17 @@ class AvatarEmbedder(nn.Module):
     def read(self, pictures: Tensor) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
         """Pictures [B, 3, 32, 32] in [-1, 1] -> identity [B, 20], logits of each word [B, words], pose [B, 4]."""
         features = self._features(pictures)
-        logits = self.word_head(features).split(WORD_COUNTS, dim=1)
-        return self.identity_head(features), logits, self.pose_head(features)
+        words = self.word_head(features).to(pictures.device)
+        identity, pose = (head(features) for head in (self.identity_head, self.pose_head))
+        return (
+            identity.to(pictures.device),
+            words.split(WORD_COUNTS, dim=1),
+            pose.to(pictures.device),
+        )
 
     def forward(self, pictures: Tensor) -> Tensor:
         """Pictures [B, 3, 32, 32] in [-1, 1] -> unit identity vectors [B, 20]."""
-        return F.normalize(self.identity_head(self._features(pictures)), dim=1)
+        return F.normalize(self.identity_head(self._features(pictures)), dim=1).to(pictures.device)
 
 
 class _Block(nn.Module):

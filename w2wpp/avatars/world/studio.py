@@ -108,6 +108,11 @@ class Studio:
         return torch.stack(drawn, dim=1), torch.randn(shape, generator=generator)
 
 
-def open_studio(base: Path, embedder: Path, **options: Any) -> Studio:
-    """A studio with the models of two files; ``options`` are fields of ``Studio``."""
-    return Studio(load_base(base), load_embedder(embedder), **options)
+def open_studio(
+    base: Path, embedder: Path, *, device: torch.device | str = "cpu", **options: Any
+) -> Studio:
+    """A studio with the models of two files, which compute on the device; ``options`` are fields of ``Studio``.
+
+    What it takes and gives is on the CPU all the same.
+    """
+    return Studio(load_base(base).to(device), load_embedder(embedder).to(device), **options)
