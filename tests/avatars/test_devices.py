@@ -13,7 +13,7 @@ from w2wpp.avatars.world.embedder import AvatarEmbedder
 from w2wpp.avatars.world.studio import open_studio
 from w2wpp.cli import main
 from w2wpp.cli.avatars import COMPUTED
-from w2wpp.lora.hooks import loras_applied
+from w2wpp.lora import hooks
 from w2wpp.training.compute import Compute
 
 MODELS = Path(__file__).resolve().parents[2] / "models"
@@ -53,21 +53,37 @@ def test_the_cpu_asked_for_by_name_gives_the_same_bits():
     assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
 
 
-def test_what_comes_from_the_cpu_meets_the_base_where_it_computes():
-    """On a device without numbers, which refuses to work with anything that is elsewhere."""
+def test_what_comes_from_the_cpu_meets_the_base_where_it_computes(monkeypatch):
+    """On a device without numbers: what arrives there is looked at, and that the answer would come back."""
     space = load_space(MODELS / "avatars.safetensors")
-    vectors = torch.zeros(2, space.layout.size)
     base = AvatarBase().requires_grad_(False).to("meta")
+    arrived = []
+
+    def watch(module, args, kwargs):
+        arrived.extend([*args, *kwargs.values()])
+
+    def hooked(modules, factors, scale):
+        arrived.extend(t for name in modules for t in factors(name))
+        return real(modules, factors, scale)
+
+    real = hooks.hooked
+    monkeypatch.setattr(hooks, "hooked", hooked)
+    base.unet.register_forward_pre_hook(watch, with_kwargs=True)
     prompt = base.prompt(torch.zeros(2, 3, dtype=torch.long))
     prompt = base.described(prompt, torch.zeros(2, 20), torch.ones(2, 20))
-    noisy = torch.zeros(2, 3, 32, 32, device="meta")
-    with loras_applied(base.unet, space.layout, vectors):
-        output = base(noisy, torch.tensor([10, 900]), prompt)
+    noisy, vectors = torch.zeros(2, 3, 32, 32), torch.zeros(2, space.layout.size)
+    with hooks.loras_applied(base.unet, space.layout, vectors):
+        output = base(noisy.to("meta"), torch.tensor([10, 900]), prompt)
+        with pytest.raises(NotImplementedError, match="meta tensor"):
+            base(noisy, torch.tensor([10, 900]), prompt)
     assert output.shape == noisy.shape and output.device.type == "meta"
+    assert len(arrived) == 2 * len(space.layout.modules) + 2 * 3
+    assert {t.device.type for t in arrived} == {"meta"}
     embedder = AvatarEmbedder().requires_grad_(False).to("meta")
-    assert embedder(noisy).shape == (2, 20)
-    with pytest.raises(NotImplementedError, match="meta tensor"):  # its answers come back
-        embedder.read(noisy.new_zeros(noisy.shape, device="cpu"))
+    embedder.stem.register_forward_pre_hook(lambda module, args: arrived.extend(args))
+    with pytest.raises(NotImplementedError, match="meta tensor"):
+        embedder.read(noisy)
+    assert arrived[-1].device.type == "meta"
 
 
 def test_pictures_are_noised_where_they_are():
