@@ -1,7 +1,7 @@
 """Apply Decoded LoRA against the host's own Load LoRA, whole prompts in one real server, in turns.
 
     PYTHONPATH=. python benchmarks/apply_speed.py -o benchmarks/results/apply_speed.json
-    PYTHONPATH=. python benchmarks/apply_speed.py --model sdxl --steps 4 --rounds 3 \\
+    PYTHONPATH=. python benchmarks/apply_speed.py --model sdxl --steps 4 --rounds 2 \\
         -o benchmarks/results/apply_speed_sdxl.json   # 13 GB of memory
 
 Random weights, on the CPU. SD 1.5 at full size has a space of 1,000 components. SDXL (whole, kept in half precision and
