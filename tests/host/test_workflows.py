@@ -24,6 +24,7 @@ FACES = {
     "Find the person of a portrait": (1, 4, 4),
     "Edit that person and mix in another": (1, 6, 4),
     "Make a space of my LoRAs": (2, 2, 4),
+    "Make a space of my pictures": (2, 2, 4),
     "Choose a face.app": (1, 1, 0),
     "Turn a portrait into a character.app": (1, 1, 0),
 }
