@@ -167,19 +167,31 @@ def make_teach(
     space: Sequence[Path] = (),
     output: Path | None = None,
     people: int | None = None,
+    keep_answers: bool = False,
+    ship: bool = False,
     workers: int,
 ) -> Made:
-    """Copies of space files with start networks that learned from paintings of the spaces' own people alone."""
+    """Start networks that learned from paintings of the spaces' own people alone, into copies of space files.
+
+    With `keep_answers` the network that a space has stays, and only learns where people are and how far to trust it.
+    With `ship` the result also goes into the spaces of models/.
+    """
     config, folder = teaching.Teaching(), output or world.at("work/taught")
-    config = replace(config, people=people or config.people)
-    made: Made = {}
-    for path in space or map(world.at, SHIPPED):
-        paintings = world.work / "paintings" / load_space(path).fingerprint[:12]
+    config, made = replace(config, people=people or config.people), {}
+    for path in space or tuple(map(world.at, SHIPPED)):
         start, frame, report = teaching.teach(
-            path, _studio(world), paintings, config, workers=workers, callback=log
+            path,
+            _studio(world),
+            world.work / "paintings" / load_space(path).fingerprint[:12],
+            config,
+            keep_answers=keep_answers,
+            workers=workers,
+            callback=log,
         )
         folder.mkdir(parents=True, exist_ok=True)
-        save_start(path, folder / path.name, start, frame=frame)
+        shipped = [path] if ship and path in map(world.at, SHIPPED) else []
+        for target in (folder / path.name, *shipped):
+            save_start(path, target, start, frame=frame)
         made[path.stem] = {"written": str(folder / path.name), **report}
     return made
 

@@ -67,6 +67,7 @@ STAGES = (
         "teach spaces to guess, find and judge people from paintings alone",
         inputs=(BASE, EMBEDDER, *SHIPPED),
         outputs=("work/taught",),
+        ships=SHIPPED,
     ),
     Stage(
         "directions",

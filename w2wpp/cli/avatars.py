@@ -61,6 +61,7 @@ def register(verbs: Any) -> None:
     shipping = {
         "spaces": "also write the shipped ones to models/",
         "start": "also into both spaces of models/",
+        "teach": "also into the spaces of models/",
         "directions": "store what passes in the spaces",
     }
     for name, text in shipping.items():
@@ -79,6 +80,11 @@ def register(verbs: Any) -> None:
             "--space", nargs="+", type=Path, metavar="SPACE", default=[], help=text
         )
     made["teach"].add_argument("--people", type=int, help="who are painted (default 2560)")
+    made["teach"].add_argument(
+        "--keep-answers",
+        action="store_true",
+        help="of the network that a space has: learn only where people are, and how far to trust it",
+    )
     made["teach"].add_argument("--workers", type=int, default=2, help="single-threaded processes")
     made["directions"].add_argument(
         "--people", type=int, default=32, help="half held out, half drawn"

@@ -83,18 +83,9 @@ def fit_paintings(
     (`StartNetwork.seeing`). What the report says of answers was measured on people kept apart. Raises DataError for
     too few people.
     """
-    least = fewest_people(painted.z.shape[1], config)
-    if len(painted) < least:
-        raise DataError(
-            f"A start network for {painted.z.shape[1]} latents learns from {least} painted people at least, thousands "
-            f"if possible: fewer can't tell which latents show. Got {len(painted)}."
-        )
     compute = compute or Compute()
-    order = torch.randperm(len(painted), generator=torch.Generator().manual_seed(config.seed))
-    apart = max(FEWEST // 4, round(config.apart * len(painted)))
-    kept, known = order[:apart], order[apart:]
-    learned_from = PaintedPeople(painted.z[known], painted.bank[known])
-    z, bank = painted.z[kept], painted.bank[kept]
+    learned_from, apart = _divided(painted, config)
+    z, bank = apart.z, apart.bank
     head, frame = measure_head(learned_from)
     if vision is None:
         network, found = _Reading(learned_from, config, head, compute, callback).train()
@@ -136,7 +127,7 @@ def fit_paintings(
     report = {
         "people": len(learned_from),
         "paintings": painted.bank.shape[0] * painted.bank.shape[1],
-        "kept_apart": len(kept),
+        "kept_apart": len(apart),
         "coordinates": len(found.share),
         "told_by_pictures": [round(float(s), 3) for s in found.share],
         "slope": round(slope, 3),
@@ -146,6 +137,76 @@ def fit_paintings(
         "training": asdict(config),
     }
     return start.requires_grad_(False).eval(), frame, report
+
+
+def fit_judgement(
+    start: StartNetwork,
+    painted: PaintedPeople,
+    config: PaintingsTraining,
+    *,
+    compute: Compute | None = None,
+    callback: Told = lambda done, of, line: None,
+) -> tuple[StartNetwork, Frame, dict[str, Any]]:
+    """A start network that answers as one does that came otherwise, and locates and judges as paintings taught it.
+
+    As `fit_paintings`, but for what answers: that stays as it is, to the bit.
+    """
+    learned_from, apart = _divided(painted, config)
+    head, frame = measure_head(learned_from)
+    pixels = _small(learned_from.bank, 16).flatten(0, 1).flatten(1)
+    z = learned_from.z.repeat_interleave(learned_from.bank.shape[1], 0)
+    found = readable(pixels, z, most=config.most, least_share=config.least_share)
+    locator = None
+    if config.locator is not None:
+        locator = fit_locator(
+            learned_from.anyone,
+            config.locator,
+            head=head,
+            compute=compute or Compute(),
+            callback=callback,
+        )
+    judging = build_start(
+        {
+            **start.config,
+            "measured": True,
+            "verdict": None,
+            "locator": None if locator is None else locator.sizes,
+        }
+    )
+    parts = {n: t for n, t in start.state_dict().items() if not n.startswith("locator.")}
+    if locator is not None:
+        parts |= {f"locator.{name}": t for name, t in locator.state_dict().items()}
+    parts["centre"], parts["whiten"] = _measured(_seen(start, learned_from, config))
+    judging.load_state_dict(parts)
+    judging.requires_grad_(False).eval()
+    judging.verdict = fit_verdict(
+        judging, apart.z, apart.bank, found.directions, config.augmentation, head=head
+    )
+    report = {
+        "people": len(learned_from),
+        "paintings": painted.bank.shape[0] * painted.bank.shape[1],
+        "kept_apart": len(apart),
+        "coordinates": len(found.share),
+        **_judged(judging, found, apart.z, apart.bank),
+        "frame": frame.to_json(),
+        "training": asdict(config),
+    }
+    return judging, frame, report
+
+
+def _divided(
+    painted: PaintedPeople, config: PaintingsTraining
+) -> tuple[PaintedPeople, PaintedPeople]:
+    """Those that are learned from, and those kept apart. Raises DataError for too few."""
+    least = fewest_people(painted.z.shape[1], config)
+    if len(painted) < least:
+        raise DataError(
+            f"A start network for {painted.z.shape[1]} latents learns from {least} painted people at least, thousands "
+            f"if possible: fewer can't tell which latents show. Got {len(painted)}."
+        )
+    order = torch.randperm(len(painted), generator=torch.Generator().manual_seed(config.seed))
+    apart = max(FEWEST // 4, round(config.apart * len(painted)))
+    return painted[order[apart:]], painted[order[:apart]]
 
 
 def fewest_people(latent_size: int, config: PaintingsTraining) -> int:

@@ -13,6 +13,8 @@ from w2wpp.avatars.places import MODELS
 from w2wpp.avatars.world.studio import open_studio
 from w2wpp.errors import ConfigError
 from w2wpp.inversion.framing import Framing
+from w2wpp.spacefile import save_start
+from w2wpp.start_network import StartNetwork
 from w2wpp.training.dataset import load_dataset
 from w2wpp.training.fit_basis import fit_coefficients
 from w2wpp.training.fit_locator import LocatorTraining
@@ -67,3 +69,22 @@ def test_paintings_are_kept_and_those_of_another_run_refused(small, studio, tmp_
     assert (folder / "0000.safetensors").stat().st_mtime_ns == before
     with pytest.raises(ConfigError, match="another run"):
         paint_people(small, replace(studio, steps=3), folder, CONFIG)
+
+
+def test_a_network_that_answers_learns_to_judge(small, studio, tmp_path):
+    kept = {"keep_answers": True}
+    with pytest.raises(ConfigError, match="no start network"):
+        teach(small, studio, tmp_path / "kept", CONFIG, **kept)
+    torch.manual_seed(0)
+    save_start(small, small, StartNetwork(8))
+    before = load_space(small).start
+    start, frame, report = teach(small, studio, tmp_path / "kept", CONFIG, **kept)
+    pictures = torch.rand(3, 3, 32, 32) * 2 - 1
+    assert torch.equal(start(pictures), before(pictures))  # to the bit
+    assert start.locates and start.measured and start.verdict["flag_below"] > 0
+    assert start.strangeness(start.describe(pictures)).shape == (3,)
+    assert not before.locates and before.verdict is None
+    assert -1 <= report["cosine_of_one"] <= 1 and frame.half_height > 0
+    save_start(small, small, start, frame=frame)
+    again = load_space(small)
+    assert torch.equal(again.start(pictures), before(pictures)) and again.frame == frame

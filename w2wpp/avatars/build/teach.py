@@ -22,7 +22,7 @@ from ...space import Space
 from ...spacefile import load_space
 from ...start_network import StartNetwork
 from ...training.fit_locator import LocatorTraining
-from ...training.fit_paintings import PaintingsTraining, fit_paintings
+from ...training.fit_paintings import PaintingsTraining, fit_judgement, fit_paintings
 from ...training.fit_start import to_bank
 from ...training.painted import PaintedPeople
 from ..world.renderer import IMAGE_SIZE
@@ -52,16 +52,26 @@ def teach(
     folder: Path,
     config: Teaching,
     *,
+    keep_answers: bool = False,
     workers: int = 1,
     callback: Callable[[str], None] = lambda line: None,
 ) -> tuple[StartNetwork, Frame, dict[str, Any]]:
-    """What `fit_paintings` makes of people drawn from a space file. ``folder`` keeps their paintings."""
+    """What `fit_paintings` makes of people drawn from a space file. ``folder`` keeps their paintings.
+
+    With ``keep_answers`` the space's start network stays as it is and learns where people are and what to trust:
+    `fit_judgement`. Raises ConfigError where there is none.
+    """
+    start = load_space(path).start
+    if keep_answers and start is None:
+        raise ConfigError(f"{path} has no start network whose answers could be kept.")
     painted = paint_people(path, studio, folder, config, workers=workers, callback=callback)
 
     def told(done: int, of: int, line: str) -> None:
         if done % 100 == 0 or done == of:
             callback(f"teach: {line} of {of}")
 
+    if keep_answers and start is not None:
+        return fit_judgement(start, painted, config.training, callback=told)
     return fit_paintings(painted, config.training, callback=told)
 
 
