@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -39,7 +40,9 @@ def caption_of(picture: Path) -> str:
 def with_trigger(trigger: str, caption: str) -> str:
     """A caption after the words that call everybody up, unless it has them itself."""
     trigger = " ".join(trigger.split())
-    return caption if trigger.casefold() in caption.casefold() else f"{trigger}, {caption}"
+    # As words: "sks" is not called up by "asks".
+    holds = re.search(rf"(?<!\w){re.escape(trigger.casefold())}(?!\w)", caption.casefold())
+    return caption if not trigger or holds else f"{trigger}, {caption}"
 
 
 def clip_fingerprint(clip: Any) -> str:
