@@ -79,7 +79,7 @@ def register(verbs: Any) -> None:
         made[name].add_argument(
             "--space", nargs="+", type=Path, metavar="SPACE", default=[], help=text
         )
-    made["teach"].add_argument("--people", type=int, help="who are painted (default 2560)")
+    made["teach"].add_argument("--people", type=int, help="who are painted (default 1792)")
     made["teach"].add_argument(
         "--keep-answers",
         action="store_true",

@@ -36,7 +36,7 @@ GROUP = 64  # people whose paintings are a job of a worker
 class Teaching:
     """How much is painted, and what is learned from it."""
 
-    people: int = 2_560
+    people: int = 1_792
     scenes: int = 2  # of each person, every one with words and noise of its own
     seed: int = 12
     training: PaintingsTraining = field(
