@@ -173,7 +173,7 @@ def make_teach(
 ) -> Made:
     """Start networks that learned from paintings of the spaces' own people alone, into copies of space files.
 
-    With `keep_answers` the network that a space has stays, and only learns where people are and how far to trust it.
+    With `keep_answers` the network that a space has answers as before, and learns where people are.
     With `ship` the result also goes into the spaces of models/.
     """
     config, folder = teaching.Teaching(), output or world.at("work/taught")

@@ -83,7 +83,7 @@ def register(verbs: Any) -> None:
     made["teach"].add_argument(
         "--keep-answers",
         action="store_true",
-        help="of the network that a space has: learn only where people are, and how far to trust it",
+        help="of the network that a space has: learn only where people are",
     )
     made["teach"].add_argument("--workers", type=int, default=2, help="single-threaded processes")
     made["directions"].add_argument(

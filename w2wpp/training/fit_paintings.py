@@ -139,7 +139,7 @@ def fit_paintings(
     return start.requires_grad_(False).eval(), frame, report
 
 
-def fit_judgement(
+def fit_placing(
     start: StartNetwork,
     painted: PaintedPeople,
     config: PaintingsTraining,
@@ -147,51 +147,32 @@ def fit_judgement(
     compute: Compute | None = None,
     callback: Told = lambda done, of, line: None,
 ) -> tuple[StartNetwork, Frame, dict[str, Any]]:
-    """A start network that answers as one does that came otherwise, and locates and judges as paintings taught it.
+    """A start network that answers as one does that came otherwise, and finds faces as paintings taught it.
 
-    As `fit_paintings`, but for what answers: that stays as it is, to the bit.
+    As `fit_paintings`, but for what answers: that stays as it is, to the bit. It learns no verdict, for what a network
+    was not taught to bear it can't tell either.
     """
     learned_from, apart = _divided(painted, config)
     head, frame = measure_head(learned_from)
-    pixels = _small(learned_from.bank, 16).flatten(0, 1).flatten(1)
-    z = learned_from.z.repeat_interleave(learned_from.bank.shape[1], 0)
-    found = readable(pixels, z, most=config.most, least_share=config.least_share)
-    locator = None
-    if config.locator is not None:
-        locator = fit_locator(
-            learned_from.anyone,
-            config.locator,
-            head=head,
-            compute=compute or Compute(),
-            callback=callback,
-        )
-    judging = build_start(
-        {
-            **start.config,
-            "measured": True,
-            "verdict": None,
-            "locator": None if locator is None else locator.sizes,
-        }
+    locator = fit_locator(
+        learned_from.anyone,
+        config.locator or LocatorTraining(),
+        head=head,
+        compute=compute or Compute(),
+        callback=callback,
     )
+    placing = build_start({**start.config, "locator": locator.sizes})
     parts = {n: t for n, t in start.state_dict().items() if not n.startswith("locator.")}
-    if locator is not None:
-        parts |= {f"locator.{name}": t for name, t in locator.state_dict().items()}
-    parts["centre"], parts["whiten"] = _measured(_seen(start, learned_from, config))
-    judging.load_state_dict(parts)
-    judging.requires_grad_(False).eval()
-    judging.verdict = fit_verdict(
-        judging, apart.z, apart.bank, found.directions, config.augmentation, head=head
-    )
+    parts |= {f"locator.{name}": t for name, t in locator.state_dict().items()}
+    placing.load_state_dict(parts)
     report = {
         "people": len(learned_from),
         "paintings": painted.bank.shape[0] * painted.bank.shape[1],
         "kept_apart": len(apart),
-        "coordinates": len(found.share),
-        **_judged(judging, found, apart.z, apart.bank),
         "frame": frame.to_json(),
         "training": asdict(config),
     }
-    return judging, frame, report
+    return placing.requires_grad_(False).eval(), frame, report
 
 
 def _divided(

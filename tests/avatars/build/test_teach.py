@@ -71,7 +71,7 @@ def test_paintings_are_kept_and_those_of_another_run_refused(small, studio, tmp_
         paint_people(small, replace(studio, steps=3), folder, CONFIG)
 
 
-def test_a_network_that_answers_learns_to_judge(small, studio, tmp_path):
+def test_a_network_that_answers_learns_to_find_faces(small, studio, tmp_path):
     kept = {"keep_answers": True}
     with pytest.raises(ConfigError, match="no start network"):
         teach(small, studio, tmp_path / "kept", CONFIG, **kept)
@@ -81,10 +81,9 @@ def test_a_network_that_answers_learns_to_judge(small, studio, tmp_path):
     start, frame, report = teach(small, studio, tmp_path / "kept", CONFIG, **kept)
     pictures = torch.rand(3, 3, 32, 32) * 2 - 1
     assert torch.equal(start(pictures), before(pictures))  # to the bit
-    assert start.locates and start.measured and start.verdict["flag_below"] > 0
-    assert start.strangeness(start.describe(pictures)).shape == (3,)
-    assert not before.locates and before.verdict is None
-    assert -1 <= report["cosine_of_one"] <= 1 and frame.half_height > 0
+    assert start.locates and not before.locates and start.verdict is None
+    assert start.locate(pictures).placement.shape == (3, 4)
+    assert report["paintings"] == 80 * 2 and frame.half_height > 0
     save_start(small, small, start, frame=frame)
     again = load_space(small)
     assert torch.equal(again.start(pictures), before(pictures)) and again.frame == frame

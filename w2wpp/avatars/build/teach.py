@@ -22,7 +22,7 @@ from ...space import Space
 from ...spacefile import load_space
 from ...start_network import StartNetwork
 from ...training.fit_locator import LocatorTraining
-from ...training.fit_paintings import PaintingsTraining, fit_judgement, fit_paintings
+from ...training.fit_paintings import PaintingsTraining, fit_paintings, fit_placing
 from ...training.fit_start import to_bank
 from ...training.painted import PaintedPeople
 from ..world.renderer import IMAGE_SIZE
@@ -58,8 +58,7 @@ def teach(
 ) -> tuple[StartNetwork, Frame, dict[str, Any]]:
     """What `fit_paintings` makes of people drawn from a space file. ``folder`` keeps their paintings.
 
-    With ``keep_answers`` the space's start network stays as it is and learns where people are and what to trust:
-    `fit_judgement`. Raises ConfigError where there is none.
+    With ``keep_answers`` the space's start network answers as before, and learns where people are: `fit_placing`. Raises ConfigError where there is none.
     """
     start = load_space(path).start
     if keep_answers and start is None:
@@ -71,7 +70,7 @@ def teach(
             callback(f"teach: {line} of {of}")
 
     if keep_answers and start is not None:
-        return fit_judgement(start, painted, config.training, callback=told)
+        return fit_placing(start, painted, config.training, callback=told)
     return fit_paintings(painted, config.training, callback=told)
 
 
