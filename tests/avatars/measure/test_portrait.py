@@ -80,7 +80,7 @@ def test_pictures_of_any_size_are_framed_and_judged(run, tmp_path):
     wide.save(tmp_path / "wide.png")
     code, result, err = run("invert", SPACE, tmp_path / "wide.png", "-o", "id.safetensors")
     assert code == 0, err
-    assert result["framing"]["how"] == ["mask"]  # what is opaque says where the person is
+    assert result["framing"]["how"] == ["found"]  # in what is opaque
     assert result["framing"]["placement"][0][0] > 0.3
     assert "What is transparent does not count." in result["framing"]["remarks"]
     assert result["verdict"]["evidence"]["gain"] > 0

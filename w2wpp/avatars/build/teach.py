@@ -58,7 +58,8 @@ def teach(
 ) -> tuple[StartNetwork, Frame, dict[str, Any]]:
     """What `fit_paintings` makes of people drawn from a space file. ``folder`` keeps their paintings.
 
-    With ``keep_answers`` the space's start network answers as before, and learns where people are: `fit_placing`. Raises ConfigError where there is none.
+    With ``keep_answers`` the space's start network answers as before, and learns where people are: `fit_placing`.
+    Raises ConfigError where there is none.
     """
     start = load_space(path).start
     if keep_answers and start is None:
