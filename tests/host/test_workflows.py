@@ -27,7 +27,6 @@ FACES = {
     "Make a space of my pictures": (2, 2, 4),
     "Find a person in a picture that is not cropped": (2, 4, 4),
     "Give several pictures of a person": (2, 4, 4),
-    "Teach a space to guess people": (1, 4, 4),
     "Choose a face.app": (1, 1, 0),
     "Turn a portrait into a character.app": (1, 1, 0),
 }
