@@ -1,5 +1,6 @@
 """Start networks of the miniature world that learn from paintings alone."""
 
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -29,25 +30,34 @@ CONFIG = Teaching(
 )
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def studio():
     studio = open_studio(MODELS / "avatar-base.safetensors", MODELS / "avatar-embedder.safetensors")
     return replace(studio, steps=2, guidance=1.0)
 
 
-@pytest.fixture
-def small(tmp_path):
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
     """A linear space of few latents in a file."""
+    folder = tmp_path_factory.mktemp("space")
     heldout = load_dataset(MODELS / "avatars-heldout.safetensors")
     everybody = replace(heldout, heldout=torch.zeros(len(heldout), dtype=torch.bool))
     fitted = fit_coefficients(everybody, 8, metric="update")
-    save_space(linear_space(fitted.coefficients, fitted.basis), tmp_path / "small.safetensors")
-    return tmp_path / "small.safetensors"
+    save_space(linear_space(fitted.coefficients, fitted.basis), folder / "small.safetensors")
+    return folder / "small.safetensors"
 
 
-def test_a_space_is_taught_from_its_own_paintings(small, studio, tmp_path):
+@pytest.fixture(scope="module")
+def kept(small, studio, tmp_path_factory):
+    """A folder with paintings of its people."""
+    folder = tmp_path_factory.mktemp("paintings")
+    paint_people(small, studio, folder, CONFIG)
+    return folder
+
+
+def test_a_space_is_taught_from_its_own_paintings(small, studio, kept):
     lines = []
-    start, frame, report = teach(small, studio, tmp_path / "kept", CONFIG, callback=lines.append)
+    start, frame, report = teach(small, studio, kept, CONFIG, callback=lines.append)
     space = load_space(small)
     assert start.locates and start.verdict is not None and start.latent_size == 8
     assert report["people"] + report["kept_apart"] == 80 and report["paintings"] == 80 * 2
@@ -57,8 +67,8 @@ def test_a_space_is_taught_from_its_own_paintings(small, studio, tmp_path):
     assert start(framed.pictures).shape == (1, space.latent_size)
 
 
-def test_paintings_are_kept_and_those_of_another_run_refused(small, studio, tmp_path):
-    folder = tmp_path / "kept"
+def test_paintings_are_kept_and_those_of_another_run_refused(small, studio, kept, tmp_path):
+    folder = shutil.copytree(kept, tmp_path / "kept")
     first = paint_people(small, studio, folder, CONFIG)
     assert first.z.shape == (80, 8) and first.bank.shape == (80, 2, 3, 32, 32)
     assert (first.bank[:, 0] != first.bank[:, 1]).any()  # scenes of their own
@@ -71,19 +81,19 @@ def test_paintings_are_kept_and_those_of_another_run_refused(small, studio, tmp_
         paint_people(small, replace(studio, steps=3), folder, CONFIG)
 
 
-def test_a_network_that_answers_learns_to_find_faces(small, studio, tmp_path):
-    kept = {"keep_answers": True}
+def test_a_network_that_answers_learns_to_find_faces(small, studio, kept, tmp_path):
     with pytest.raises(ConfigError, match="no start network"):
-        teach(small, studio, tmp_path / "kept", CONFIG, **kept)
+        teach(small, studio, kept, CONFIG, keep_answers=True)
     torch.manual_seed(0)
-    save_start(small, small, StartNetwork(8))
-    before = load_space(small).start
-    start, frame, report = teach(small, studio, tmp_path / "kept", CONFIG, **kept)
+    answering = tmp_path / "answering.safetensors"
+    save_start(small, answering, StartNetwork(8))
+    before = load_space(answering).start
+    start, frame, report = teach(answering, studio, kept, CONFIG, keep_answers=True)
     pictures = torch.rand(3, 3, 32, 32) * 2 - 1
     assert torch.equal(start(pictures), before(pictures))  # to the bit
     assert start.locates and not before.locates and start.verdict is None
     assert start.locate(pictures).placement.shape == (3, 4)
     assert report["paintings"] == 80 * 2 and frame.half_height > 0
-    save_start(small, small, start, frame=frame)
-    again = load_space(small)
+    save_start(answering, answering, start, frame=frame)
+    again = load_space(answering)
     assert torch.equal(again.start(pictures), before(pictures)) and again.frame == frame
