@@ -218,8 +218,10 @@ def test_masks_that_say_nothing_count_as_none(host: Host) -> None:
         assert "masked" not in report
 
 
-def test_a_person_in_a_wide_picture_is_cut_out_by_their_mask(host: Host) -> None:
+@pytest.mark.parametrize("space", ["avatars", "avatars-pca"])
+def test_a_person_in_a_wide_picture_is_cut_out_by_their_mask(host: Host, space: str) -> None:
     graph = InversionGraph()
+    graph.nodes[graph.space[0]]["inputs"]["space"] = f"{space}.safetensors"
     wide = graph.add("EmptyImage", width=150, height=96, batch_size=1, color=0x305070)
     black = graph.add("SolidMask", value=0.0, width=150, height=96)
     place = {"x": 100, "y": 20}
@@ -242,7 +244,9 @@ def test_a_person_in_a_wide_picture_is_cut_out_by_their_mask(host: Host) -> None
     person = np.abs(crop.astype(int) - 127).max(-1) > 8
     assert 0.25 < person.mean() < 0.9
     assert all(abs(places.mean() - 15.5) < 3 for places in person.nonzero())
-    assert "a usual portrait was assumed" in result.outputs[shown]["text"][0]
+    # The default space knows how its people were photographed.
+    assumed = "a usual portrait was assumed" in result.outputs[shown]["text"][0]
+    assert assumed == (space == "avatars-pca")
 
 
 def test_what_should_not_be_trusted_is_refused_in_strict_mode_and_kept(host: Host) -> None:
