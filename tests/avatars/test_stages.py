@@ -49,7 +49,7 @@ def test_a_missing_input_names_the_command_that_makes_it(tmp_path):
     assert commands_for(SHIPPED[0]) == (
         "avatars spaces --ship",
         "avatars start --ship",
-        "avatars teach --ship",
+        "avatars teach --keep-answers --ship",
         "avatars directions --ship",
     )
 

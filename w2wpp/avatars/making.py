@@ -174,7 +174,7 @@ def make_teach(
     """Start networks that learned from paintings of the spaces' own people alone, into copies of space files.
 
     With `keep_answers` the network that a space has answers as before, and learns where people are.
-    With `ship` the result also goes into the spaces of models/.
+    With `ship` the result also goes into the default space of models/.
     """
     config, folder = teaching.Teaching(), output or world.at("work/taught")
     config, made = replace(config, people=people or config.people), {}
@@ -189,7 +189,7 @@ def make_teach(
             callback=log,
         )
         folder.mkdir(parents=True, exist_ok=True)
-        shipped = [path] if ship and path in map(world.at, SHIPPED) else []
+        shipped = [path] if ship and path == world.at(SHIPPED[0]) else []
         for target in (folder / path.name, *shipped):
             save_start(path, target, start, frame=frame)
         made[path.stem] = {"written": str(folder / path.name), **report}

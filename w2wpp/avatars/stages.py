@@ -29,7 +29,8 @@ class Stage:
     help: str
     inputs: tuple[str, ...] = ()
     outputs: tuple[str, ...] = ()
-    ships: tuple[str, ...] = ()  # written too, or added to, with --ship
+    ships: tuple[str, ...] = ()  # written too, or added to, with these flags
+    flags: str = "--ship"
 
 
 STAGES = (
@@ -67,7 +68,8 @@ STAGES = (
         "teach spaces to guess, find and judge people from paintings alone",
         inputs=(BASE, EMBEDDER, *SHIPPED),
         outputs=("work/taught",),
-        ships=SHIPPED,
+        ships=SHIPPED[:1],
+        flags="--keep-answers --ship",
     ),
     Stage(
         "directions",
@@ -99,6 +101,6 @@ def require_inputs(stage: Stage, world: World, *, given: Collection[str] = ()) -
 def commands_for(name: str) -> tuple[str, ...]:
     """The commands that make a file, in their order."""
     made = [(s, "") for s in STAGES if name in s.outputs] + [
-        (s, " --ship") for s in STAGES if name in s.ships
+        (s, f" {s.flags}") for s in STAGES if name in s.ships
     ]
     return tuple(f"avatars {stage.name}{ship}" for stage, ship in made)

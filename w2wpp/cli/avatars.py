@@ -61,7 +61,7 @@ def register(verbs: Any) -> None:
     shipping = {
         "spaces": "also write the shipped ones to models/",
         "start": "also into both spaces of models/",
-        "teach": "also into the spaces of models/",
+        "teach": "also into the default space of models/",
         "directions": "store what passes in the spaces",
     }
     for name, text in shipping.items():
