@@ -321,6 +321,24 @@ def test_a_lower_rank_is_the_nearest_and_its_energy_is_told(loras, built):
     assert 0.2 < float(kept.min()) and float(kept.max()) < 0.999
 
 
+def test_gram_matrices_that_are_kept_change_nothing(loras, monkeypatch):
+    z = torch.randn(3, 2, generator=generator(8))
+    taken = []
+    grams = Stack.column_grams
+    monkeypatch.setattr(Stack, "column_grams", lambda s: taken.append(s) or grams(s))
+    settings = CollectionSettings(rank=3, components=2)
+    space, _ = fit_delta(members_of(loras), settings)
+    first = space.decode(z)
+    assert len(taken) == len(SIZES)
+    one_by_one = torch.cat([space.decode(row[None]) for row in z])
+    assert len(taken) == len(SIZES)  # once a module
+    torch.testing.assert_close(one_by_one, first, atol=1e-6, rtol=0)
+    monkeypatch.setattr("w2wpp.delta_basis.KEPT_BYTES", 0)
+    poor, _ = fit_delta(members_of(loras), settings)
+    torch.testing.assert_close(poor.decode(z), first, atol=1e-6, rtol=0)
+    assert len(taken) == len(SIZES)
+
+
 def test_mixtures_stay_inside(made, built):
     space, _ = made
     shares = torch.zeros(1, len(RANKS)).double()

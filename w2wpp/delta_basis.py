@@ -34,7 +34,17 @@ from .basis import KEPT_BYTES
 from .errors import ConfigError, DataError, FormatError
 from .files.container import Container, Streamed
 from .lora.collection import Stacks
-from .lora.delta import Factors, Room, Stack, cut, inner, square_norm, stack
+from .lora.delta import (
+    DIRECT,
+    ColumnGrams,
+    Factors,
+    Room,
+    Stack,
+    cut_sum,
+    inner,
+    square_norm,
+    stack,
+)
 from .lora.families import blocks
 from .lora.layout import Layout
 from .workers import in_order
@@ -106,6 +116,10 @@ class DeltaBasis:
             for n, m in zip(stacks.ranks.sum(1), layout.modules)
         )
         self._keeps = 4 * numbers <= KEPT_BYTES
+        self._kept_grams: dict[int, ColumnGrams] = {}
+        ranks = stacks.ranks.sum(1)
+        small = 16 * int(ranks.square().sum()) <= KEPT_BYTES // 2
+        self._keeps_grams = small and int(ranks.max()) <= DIRECT
 
     def __repr__(self) -> str:
         return f"DeltaBasis(P={self.size}, K={self.n_components}, {self.count} members)"
@@ -189,10 +203,12 @@ class DeltaBasis:
         """
         c = as_batch(c, self.n_components, "coefficients", "K")
         shares = self.shares(c)
-        parts = [
-            torch.stack([_nearest(row, stack, self.layout.rank) for row in shares])
-            for stack in map(self.stack, range(len(self.layout.modules)))
-        ]
+        parts = []
+        for i in range(len(self.layout.modules)):
+            members = self.stack(i)
+            grams = self._column_grams(i, members, shares)
+            rows = [_nearest(row, members, self.layout.rank, grams) for row in shares]
+            parts.append(torch.stack(rows))
         return torch.cat(parts, dim=1)
 
     def combination(self, c: Array) -> dict[str, Factors]:
@@ -357,6 +373,15 @@ class DeltaBasis:
         basis._kept, basis._keeps = self._kept, self._keeps
         return basis
 
+    def _column_grams(self, module: int, members: Stack, shares: Tensor) -> ColumnGrams | None:
+        """What cuts of all combinations of a module share, kept where it is small; None if one alone is quicker."""
+        if module not in self._kept_grams:
+            some = len(shares) == 1 and not bool(shares.all())
+            if some or not self._keeps_grams:
+                return None
+            self._kept_grams[module] = members.column_grams()
+        return self._kept_grams[module]
+
     def _with(self, stacks: Stacks, mixing: Tensor, values: Tensor) -> DeltaBasis:
         return type(self)(
             self.layout,
@@ -406,13 +431,13 @@ class _Nearest(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, a: Tensor, stack: Stack, rank: int) -> Tensor:
-        f, _ = cut(stack.weighted(a), rank)
+    def forward(ctx: Any, a: Tensor, stack: Stack, rank: int, grams: ColumnGrams | None) -> Tensor:
+        f, _ = cut_sum(stack, a, rank, grams)
         ctx.stack, ctx.factors = stack, f
         return torch.cat([f.down.flatten(), f.up.flatten()])
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         stack, f = ctx.stack, ctx.factors
         size = f.down.numel()
         of_down = gradient[:size].view_as(f.down).double()
@@ -429,11 +454,11 @@ class _Nearest(torch.autograd.Function):
         twice = (inverse[:, None] * left) * (both @ right.T)
         along = (from_left + from_right - twice).sum(0) * stack.scale
         found = torch.zeros(stack.count, dtype=torch.float64, device=gradient.device)
-        return found.index_add_(0, stack.owner, along), None, None
+        return found.index_add_(0, stack.owner, along), None, None, None
 
 
-def _nearest(a: Tensor, stack: Stack, rank: int) -> Tensor:
-    return _Nearest.apply(a, stack, rank)  # type: ignore[no-any-return]
+def _nearest(a: Tensor, stack: Stack, rank: int, grams: ColumnGrams | None) -> Tensor:
+    return _Nearest.apply(a, stack, rank, grams)  # type: ignore[no-any-return]
 
 
 def delta_components(

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .arrays import Array, as_tensor
+from .arrays import Array, as_tensor, is_finite
 from .errors import ConfigError, FormatError, ShapeError, SpaceMismatch
 from .files.container import open_container, write_container
 
@@ -100,7 +100,7 @@ class Identity:
         """The LoRA vectors [B, P]; refuses any space but the one it was made in."""
         require_same_space(self.space_fingerprint, space.fingerprint, space.name)
         w = space.decode(self.z, self.residual)
-        if not bool(torch.isfinite(w).all()):
+        if not is_finite(w):
             raise ConfigError(
                 "The weights of this identity are NaN or infinite: it lies too far from the people of "
                 "its space. Edit or exaggerate it less."

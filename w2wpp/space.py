@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .arrays import Array, as_batch
+from .arrays import Array, as_batch, is_finite
 from .basis import AnyBasis
 from .codecs import Codec, Posterior
 from .delta_basis import DeltaBasis
@@ -145,7 +145,7 @@ class Space:
         Raises ShapeError for another shape and DataError for numbers that are not finite.
         """
         w = as_batch(w, self.layout.size, "vectors", "P").to(self.device)
-        if not bool(torch.isfinite(w).all()):
+        if not is_finite(w):
             raise DataError("The LoRA vectors to encode hold NaN or infinite numbers.")
         raw = self.codec.encode(self.basis.project(w))
         mean = (raw.mean - self.prior_mean) / self.prior_std

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from w2wpp.errors import DataError
 from w2wpp.lora import delta
-from w2wpp.lora.delta import Factors, combine, cut, gram, inner, square_norm, stack
+from w2wpp.lora.delta import Factors, combine, cut, cut_sum, gram, inner, square_norm, stack
 
 SIZES = {"a.to_q": (12, 9), "b.to_k": (7, 15), "c.ff": (20, 20)}
 
@@ -187,6 +188,38 @@ def test_a_member_that_a_mixture_hardly_holds_is_no_dependent_one(monkeypatch):
     best = (u[:, :12] * s[:12]) @ vt[:12]
     torch.testing.assert_close(kept.dense(), best, atol=1e-5, rtol=0)
     assert energy == pytest.approx(float(s[:12].square().sum()), rel=1e-9)
+
+
+@pytest.mark.parametrize("direct", [384, 0])
+@pytest.mark.parametrize("weights", [[0.7, -1.3, 0.4], [0.0, 2.0, -0.5], [0.0, 0.0, 1e-8]])
+def test_a_sum_is_cut_as_its_factors_side_by_side_are(weights, direct, monkeypatch):
+    monkeypatch.setattr(delta, "DIRECT", direct)
+    g = generator(9)
+    members = [
+        Factors(torch.randn(r, 40, generator=g), torch.randn(30, r, generator=g), s)
+        for r, s in ((4, 0.5), (3, -2.0), (5, 1.0))
+    ]
+    together, weights = stack(members), torch.tensor(weights)
+    truth = sum(w * f.dense() for w, f in zip(weights.tolist(), members))
+    u, s, vt = torch.linalg.svd(truth)
+    best = (u[:, :4] * s[:4]) @ vt[:4]
+    found = {
+        "by itself": cut_sum(together, weights, 4),
+        "with Gram matrices": cut_sum(together, weights, 4, together.column_grams()),
+    }
+    for short, kept in found.values():
+        torch.testing.assert_close(short.dense(), best, atol=2e-6 * float(s[0]), rtol=0)
+        assert kept == pytest.approx(float(s[:4].square().sum()), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "weights", [[1.0, torch.inf], [torch.nan, 1.0], [3e37, 1.0]], ids=["infinite", "nan", "huge"]
+)
+def test_sums_out_of_range_are_refused(weights):
+    g = generator(10)
+    members = [Factors(torch.randn(2, 9, generator=g), 1e3 * torch.randn(7, 2, generator=g))] * 2
+    with pytest.raises(DataError, match="out of range"):
+        cut_sum(stack(members), torch.tensor(weights), 2)
 
 
 def test_a_cut_to_more_than_there_is_is_exact_and_padded():

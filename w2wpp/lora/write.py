@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..arrays import is_finite
 from ..errors import ConfigError, FormatError
 from ..files.container import write_container
 from ..files.writing import replacing
@@ -101,7 +102,7 @@ def _checked(lora: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, tuple[Tenso
             "B [out, r]."
         )
     found = {n: (a.detach().cpu().float(), b.detach().cpu().float()) for n, (a, b) in lora.items()}
-    if not all(bool(torch.isfinite(t).all()) for pair in found.values() for t in pair):
+    if not all(is_finite(t) for pair in found.values() for t in pair):
         raise FormatError("This LoRA holds NaN or infinite numbers and is not written.")
     return found
 
