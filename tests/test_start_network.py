@@ -10,6 +10,7 @@ from w2wpp.errors import ConfigError, DataError, FormatError, ShapeError
 from w2wpp.placement import Frame
 from w2wpp.spacefile import save_directions, save_start
 from w2wpp.start_network import StartNetwork, build_start
+from w2wpp.training.augment import Augmentation
 from w2wpp.training.fit_start import LabelMap, StartTraining, start_from_reader, train_reader
 
 D = 3
@@ -73,7 +74,8 @@ def test_a_start_learns_to_read_people():
         colour = torch.stack([labels[:, 0], labels[:, 1], labels.sum(1)], 1) / 3
         return colour[:, :, None, None].expand(-1, -1, 8, 8).contiguous(), labels
 
-    config = StartTraining(steps=60, batch=32, size=8, width=8, features=16)
+    # Brightness is what augmentation takes away.
+    config = StartTraining(steps=60, batch=32, size=8, width=8, features=16, augmented=0)
     reader = train_reader(pictures, 2, config)
     again = train_reader(pictures, 2, config)
     assert all(
@@ -90,6 +92,43 @@ def test_a_start_learns_to_read_people():
     assert r2 > 0.8
     torch.testing.assert_close(start.spread, true, atol=0.01, rtol=0)
     assert build_start(start.config).state_dict().keys() == start.state_dict().keys()
+
+
+def test_a_reader_that_saw_bad_pictures_reads_bad_pictures():
+    """Where a disc is and how large, in pictures as they are, too dark, and half hidden."""
+
+    def pictures(count, generator):
+        labels = torch.rand(count, 2, generator=generator) * 2 - 1
+        axis = torch.linspace(-1, 1, 16)
+        down, right = labels[:, :1, None] * 0.3, labels[:, 1:, None] * 0.1 + 0.4
+        inside = (axis[None, :, None] - down).square() + axis[None, None].square() < right.square()
+        return inside[:, None].float().expand(-1, 3, -1, -1) * 1.4 - 0.7, labels
+
+    seen, labels = pictures(300, torch.Generator().manual_seed(1))
+    hidden = seen.clone()
+    hidden[..., 8:] = 0.0
+    shown = {"as they are": seen, "dark": (seen + 1) * 0.6 - 1, "half hidden": hidden}
+    wrong = {}
+    for augmented in (0.0, 0.7):
+        config = StartTraining(
+            steps=250, batch=32, size=16, width=8, features=16, augmented=augmented,
+            augmentation=Augmentation(shift=0, zoom=0, turn=0, covered=0),
+        )  # fmt: skip
+        reader = train_reader(pictures, 2, config)
+        assert reader.hides == (augmented > 0)
+        wrong[augmented] = {
+            name: float((reader(some) - labels)[:, 0].square().mean() / labels[:, 0].var())
+            for name, some in shown.items()
+        }
+    assert wrong[0.7]["as they are"] < 0.15
+    for name in ("dark", "half hidden"):
+        assert wrong[0.7][name] < 0.7 * wrong[0.0][name], (name, wrong)
+
+
+@pytest.mark.parametrize("augmented", [-0.1, 1.5, float("nan")])
+def test_a_share_of_augmented_pictures_is_a_share(augmented):
+    with pytest.raises(ConfigError, match="between 0, none, and 1"):
+        StartTraining(augmented=augmented)
 
 
 def test_answers_are_corrected_by_what_is_painted():

@@ -262,6 +262,14 @@ def _register_fit_start(verbs: Any) -> None:
     p.add_argument("--seed", type=int, default=StartTraining.seed)
     p.add_argument("--batch", type=int, default=64, help="from paintings alone (default 64)")
     p.add_argument(
+        "--augmented",
+        type=float,
+        default=StartTraining.augmented,
+        metavar="SHARE",
+        help="with CSV: how many pictures are moved, recoloured, compressed and covered while the network learns, so "
+        f"that it reads photographs as they come (default {StartTraining.augmented})",
+    )
+    p.add_argument(
         "--scale", type=float, default=1.0, help="above 1: answers further from the mean person"
     )
     compute.add_options(p)
@@ -283,6 +291,7 @@ def fit_start(args: argparse.Namespace) -> dict[str, Any]:
         steps=StartTraining.steps if args.steps is None else args.steps,
         size=args.size,
         width=args.width,
+        augmented=args.augmented,
     )
     report = fit_start_table(
         args.space,

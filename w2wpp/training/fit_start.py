@@ -8,16 +8,17 @@ Pictures painted with latents of the space then correct that map. All is linear 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import DataError
+from ..errors import ConfigError, DataError
 from ..metrics import ridge_regression
 from ..rates import warm_cosine
 from ..start_network import StartNetwork, build_start
+from .augment import Augmentation
 from .compute import Compute
 
 # pictures(count, generator) -> pictures [count, 3, H, W] in [-1, 1] and labels [count, L] of who is in them
@@ -33,10 +34,18 @@ class StartTraining:
     batch: int = 128
     learning_rate: float = 2e-3  # peak; linear warm-up, cosine to zero
     noise: float = 0.04  # largest std of the white noise added to a picture
+    augmented: float = 0.7  # share of the pictures that suffer what photographs do; 0: none do
+    augmentation: Augmentation = field(default_factory=Augmentation)
     penalty: float = 0.05  # of the ridge regression, in mean eigenvalues of its Gram matrix
     size: int = 32
     width: int = 32
     features: int = 128
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.augmented <= 1:
+            raise ConfigError(
+                f"The share of augmented pictures is between 0, none, and 1. Got {self.augmented}."
+            )
 
 
 def picture_bank(bank: Tensor, labels: Tensor) -> Pictures:
@@ -68,7 +77,11 @@ def train_reader(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         network = StartNetwork(
-            labels, size=config.size, width=config.width, features=config.features
+            labels,
+            size=config.size,
+            width=config.width,
+            features=config.features,
+            hides=config.augmented > 0 and config.augmentation.hidden > 0,
         )
     network.to(compute.device)
     optimiser = torch.optim.AdamW(network.parameters(), lr=config.learning_rate, weight_decay=0.02)
@@ -76,6 +89,7 @@ def train_reader(
         rate = warm_cosine(step, config.steps, warmup=min(100, 1 + config.steps // 10))
         optimiser.param_groups[0]["lr"] = config.learning_rate * rate
         seen, wanted = pictures(config.batch, generator)
+        seen = _augmented(seen, config, generator)
         std = config.noise * torch.rand(len(seen), 1, 1, 1, generator=generator)
         seen = seen + std * torch.randn(seen.shape, generator=generator)
         seen, wanted = compute.put(seen), compute.put(wanted)
@@ -89,6 +103,19 @@ def train_reader(
         if (step + 1) % 100 == 0:
             callback(f"start step {step + 1}/{config.steps} loss {loss.item():.4f}")
     return network.requires_grad_(False).eval().cpu()
+
+
+def _augmented(pictures: Tensor, config: StartTraining, generator: torch.Generator) -> Tensor:
+    """Pictures of any size, some of them augmented at the size at which the network sees them."""
+    if not config.augmented:
+        return pictures
+    size = (config.size, config.size)
+    if pictures.shape[-2:] != size:
+        pictures = F.interpolate(pictures, size, mode="bilinear", antialias=True)
+    chosen = torch.rand(len(pictures), generator=generator) < config.augmented
+    return torch.where(
+        chosen[:, None, None, None], config.augmentation(pictures, generator), pictures
+    )
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ...errors import ConfigError
 from ...files.container import open_container, write_container
 from ...space import Space
 from ...spacefile import load_space, save_start
@@ -47,6 +48,10 @@ def reader(
         about = {"network": network.config, "training": asdict(config), "pictures": PICTURES}
         write_container(path, dict(network.state_dict()), format=FORMAT, config=about)
     file = open_container(path, FORMAT)
+    if file.config.get("training") != asdict(config):
+        raise ConfigError(
+            f"{path} is from a run with other settings. Remove it, or match the settings."
+        )
     network = build_start(file.config["network"])
     network.load_state_dict({name: file.read(name) for name in network.state_dict()})
     return network.requires_grad_(False).eval()
