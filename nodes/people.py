@@ -9,6 +9,7 @@ from comfy_api.latest import io, ui
 
 from .. import w2wpp
 from ..w2wpp.diffusion.sampler import sample
+from ..w2wpp.files.captions import caption_file, caption_of
 from ..w2wpp.lora.write import kohya_tensors
 from ..w2wpp.training.album import PeopleTraining
 from ..w2wpp.training.dataset import VectorDataset
@@ -16,7 +17,7 @@ from ..w2wpp.training.everyone import Everyone, Moment, Trained
 from .curve import draw_curve
 from .host import adaptable, folders, places, tensors
 from .host.albums import people_in, person_of
-from .host.captions import Captions, caption_file, caption_of, clip_fingerprint
+from .host.captions import Captions, clip_fingerprint
 from .host.denoiser import Denoiser, denoiser
 from .host.fingerprints import fingerprint, model_fingerprint
 from .host.model import noise_schedule, usual_size
