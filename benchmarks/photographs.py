@@ -101,7 +101,7 @@ def prompt_of(args: argparse.Namespace, image: str, person: str) -> tuple[Graph,
     """The graph for one photograph, its node that shows the confidence, and those that save a scene each."""
     graph = Graph()
     if args.avatars:
-        words = [("white", "front"), ("blue", "left"), ("green", "right"), ("yellow", "front")]
+        words = [("white", "front"), ("blue", "left"), ("green", "right"), ("red", "front")]
         loaders = [
             graph.add("W2WPP_LoadAvatarModel", background=b, smile="neutral", light=light, pictures=1)
             for b, light in words[: max(1, len(args.scenes))]
