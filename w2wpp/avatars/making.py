@@ -170,6 +170,7 @@ def make_teach(
     keep_answers: bool = False,
     ship: bool = False,
     workers: int,
+    compute: Compute | None = None,
 ) -> Made:
     """Start networks that learned from paintings of the spaces' own people alone, into copies of space files.
 
@@ -181,11 +182,12 @@ def make_teach(
     for path in space or tuple(map(world.at, SHIPPED)):
         start, frame, report = teaching.teach(
             path,
-            _studio(world),
+            _studio(world, compute),
             world.work / "paintings" / load_space(path).fingerprint[:12],
             config,
             keep_answers=keep_answers,
             workers=workers,
+            compute=compute,
             callback=log,
         )
         folder.mkdir(parents=True, exist_ok=True)

@@ -19,7 +19,7 @@ from .printing import Result, log
 from .renamed import renamed
 
 # Stages that take --device; what the others train is small, or shared by processes on the CPU.
-COMPUTED = ("loras", "gate", "spaces", "start", "directions")
+COMPUTED = ("loras", "gate", "spaces", "start", "teach", "directions")
 
 
 def register(verbs: Any) -> None:

@@ -1,5 +1,6 @@
 """Start networks of the miniature world that learn from paintings alone."""
 
+import copy
 import shutil
 from dataclasses import replace
 
@@ -79,6 +80,13 @@ def test_paintings_are_kept_and_those_of_another_run_refused(small, studio, kept
     assert (folder / "0000.safetensors").stat().st_mtime_ns == before
     with pytest.raises(ConfigError, match="another run"):
         paint_people(small, replace(studio, steps=3), folder, CONFIG)
+
+
+def test_models_that_are_not_on_the_cpu_paint_in_this_process(small, studio, tmp_path, monkeypatch):
+    monkeypatch.setattr("w2wpp.avatars.build.teach.ProcessPoolExecutor", None)
+    elsewhere = replace(studio, base=copy.deepcopy(studio.base).to("meta"))
+    with pytest.raises(RuntimeError, match="meta tensor"):  # which hold no pictures
+        paint_people(small, elsewhere, tmp_path, CONFIG, workers=2)
 
 
 def test_a_network_that_answers_learns_to_find_faces(small, studio, kept, tmp_path):

@@ -5,7 +5,7 @@ No label and no rendered picture goes into them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
@@ -21,6 +21,7 @@ from ...placement import Frame
 from ...space import Space
 from ...spacefile import load_space
 from ...start_network import StartNetwork
+from ...training.compute import Compute
 from ...training.fit_locator import LocatorTraining
 from ...training.fit_paintings import PaintingsTraining, fit_paintings, fit_placing
 from ...training.fit_start import to_bank
@@ -54,6 +55,7 @@ def teach(
     *,
     keep_answers: bool = False,
     workers: int = 1,
+    compute: Compute | None = None,
     callback: Callable[[str], None] = lambda line: None,
 ) -> tuple[StartNetwork, Frame, dict[str, Any]]:
     """What `fit_paintings` makes of people drawn from a space file. ``folder`` keeps their paintings.
@@ -71,8 +73,8 @@ def teach(
             callback(f"teach: {line} of {of}")
 
     if keep_answers and start is not None:
-        return fit_placing(start, painted, config.training, callback=told)
-    return fit_paintings(painted, config.training, callback=told)
+        return fit_placing(start, painted, config.training, compute=compute, callback=told)
+    return fit_paintings(painted, config.training, compute=compute, callback=told)
 
 
 def paint_people(
@@ -84,7 +86,10 @@ def paint_people(
     workers: int = 1,
     callback: Callable[[str], None] = lambda line: None,
 ) -> PaintedPeople:
-    """People drawn from a space file, each painted in some scenes; those of an interrupted run are kept."""
+    """People drawn from a space file, each painted in some scenes; those of an interrupted run are kept.
+
+    Workers are processes, where the studio's models are on the CPU.
+    """
     space = load_space(path)
     z = space.sample(config.people, generator=torch.Generator().manual_seed(config.seed)).z
     made_by = {
@@ -94,19 +99,32 @@ def paint_people(
         "guidance": studio.guidance,
         "steps": studio.steps,
     }
-    files: list[Path] = []
+    parts = z.split(GROUP)
+    files = [folder / f"{i:04d}.safetensors" for i in range(len(parts))]
+    jobs = [
+        (file, path, part, studio, i, config.scenes, made_by)
+        for i, (file, part) in enumerate(zip(files, parts))
+    ]
+    alone = studio.base.alphas_cumprod.device.type != "cpu"
+    for done in _painted(jobs, 0 if alone else workers):
+        callback(f"teach: {done} of {len(jobs)} groups are painted")
+    return PaintedPeople(z, torch.cat([open_container(f, FORMAT).read("bank") for f in files]))
+
+
+def _painted(jobs: Sequence[tuple[Any, ...]], workers: int) -> Iterator[int]:
+    """The number of jobs that are done, whenever one is; by single-threaded processes or, without any, by this one."""
+    if not workers:
+        for done, job in enumerate(jobs, 1):
+            _paint(*job)
+            yield done
+        return
     with ProcessPoolExecutor(
         workers, get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
     ) as pool:
-        jobs = []
-        for i, part in enumerate(z.split(GROUP)):
-            files.append(folder / f"{i:04d}.safetensors")
-            job = (files[-1], path, part, studio, i, config.scenes, made_by)
-            jobs.append(pool.submit(_paint, *job))
-        for done, finished in enumerate(jobs, 1):
-            finished.result()
-            callback(f"teach: {done} of {len(jobs)} groups are painted")
-    return PaintedPeople(z, torch.cat([open_container(f, FORMAT).read("bank") for f in files]))
+        submitted = [pool.submit(_paint, *job) for job in jobs]
+        for done, running in enumerate(submitted, 1):
+            running.result()
+            yield done
 
 
 def _paint(
