@@ -39,7 +39,7 @@ class PictureNetwork(nn.Module):
             )
         self.size, self.width, self.features = size, width, features
         self.stem = nn.Conv2d(12, width, 3, padding=1)
-        blocks = [_Block(width, 2 * width), _Block(2 * width, 3 * width)]
+        blocks = [HalvingBlock(width, 2 * width), HalvingBlock(2 * width, 3 * width)]
         self.blocks = nn.ModuleList(blocks)
         self.neck = nn.Linear(3 * width * (size // 8) ** 2, features)
         self.head = nn.Linear(features, answers)
@@ -185,8 +185,8 @@ class StartNetwork(PictureNetwork):
         return Sighting(torch.minimum(torch.maximum(place, low), high), logit[:, 0].sigmoid())
 
 
-class _Block(nn.Module):
-    """Two convolutions around a shortcut, then half the resolution."""
+class HalvingBlock(nn.Module):
+    """Two convolutions around a shortcut, then half the resolution: [B, in, H, W] -> [B, out, H / 2, W / 2]."""
 
     def __init__(self, width_in: int, width_out: int) -> None:
         super().__init__()
@@ -197,6 +197,7 @@ class _Block(nn.Module):
         self.norm_second = nn.GroupNorm(8, width_out)
 
     def forward(self, hidden: Tensor) -> Tensor:
+        """[B, in, H, W] -> [B, out, H / 2, W / 2]."""
         inner = self.first(F.silu(self.norm_first(hidden)))
         inner = self.second(F.silu(self.norm_second(inner)))
         return F.avg_pool2d(self.shortcut(hidden) + inner, 2)

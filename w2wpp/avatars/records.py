@@ -34,3 +34,12 @@ def save_result(path: Path, result: Mapping[str, Any], table: str) -> None:
     """Figures as JSON, and the table of them in Markdown beside it."""
     write_text(path, json.dumps({**result, "hardware": hardware()}, indent=1) + "\n")
     write_text(path.with_suffix(".md"), table.rstrip("\n") + "\n")
+
+
+def cell(value: Any) -> str:
+    """A figure in a table: nothing for None, half of the interval behind an estimate as JSON has it."""
+    if value is None:
+        return ""
+    if isinstance(value, dict):
+        return f"{value['mean']:.3f} +- {(value['high'] - value['low']) / 2:.3f}"
+    return str(value) if isinstance(value, int) else f"{value:.3f}"

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ...errors import ConfigError
 from ...files.container import open_container, write_container
+from ...start_network import HalvingBlock
 from .framing import compose, crop
 from .scene import TRAITS, WORDS
 
@@ -127,7 +128,7 @@ class _Conv(nn.Module):
         super().__init__()
         self.stem = nn.Conv2d(48, width, 3, padding=1)
         widths = [width, 2 * width, 3 * width]
-        self.blocks = nn.ModuleList([_Residual(a, b) for a, b in pairwise(widths)])
+        self.blocks = nn.ModuleList([HalvingBlock(a, b) for a, b in pairwise(widths)])
         self.neck = nn.Sequential(nn.Linear(widths[-1] * 16, 256), nn.SiLU())
 
     def forward(self, pictures: Tensor) -> Tensor:
@@ -135,23 +136,6 @@ class _Conv(nn.Module):
         for block in self.blocks:
             hidden = block(hidden)
         return self.neck(hidden.flatten(1))
-
-
-class _Residual(nn.Module):
-    """Two convolutions around a shortcut, then half the resolution."""
-
-    def __init__(self, width_in: int, width_out: int) -> None:
-        super().__init__()
-        self.first = nn.Conv2d(width_in, width_out, 3, padding=1)
-        self.second = nn.Conv2d(width_out, width_out, 3, padding=1)
-        self.shortcut = nn.Conv2d(width_in, width_out, 1)
-        self.norm_first = nn.GroupNorm(8, width_in)
-        self.norm_second = nn.GroupNorm(8, width_out)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        inner = self.first(F.silu(self.norm_first(hidden)))
-        inner = self.second(F.silu(self.norm_second(inner)))
-        return F.avg_pool2d(self.shortcut(hidden) + inner, 2)
 
 
 class _Mixer(nn.Module):

@@ -20,7 +20,7 @@ from ...plots import plot_sizes
 from ...populations import ratio_of_distances
 from ...training.dataset import VectorDataset
 from ..build.spaces import DEFAULT, SIZES, W2W, Candidate, candidates
-from ..records import save_result
+from ..records import cell, save_result
 from .comparison import Amounts, Compared, Scores, crowd_shots
 from .population import crowd_row, energy_of, readings, reference_row, unit
 
@@ -278,16 +278,8 @@ def _table(rows: Mapping[str, Result], columns: Mapping[str, str]) -> str:
         return ""
     lines = ["| | " + " | ".join(shown.values()) + " |", "|---" * (len(shown) + 1) + "|"]
     for name, row in rows.items():
-        lines.append(f"| {name} | " + " | ".join(_cell(row.get(key)) for key in shown) + " |")
+        lines.append(f"| {name} | " + " | ".join(cell(row.get(key)) for key in shown) + " |")
     return "\n".join(lines)
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, dict):
-        return f"{value['mean']:.3f} +- {(value['high'] - value['low']) / 2:.3f}"
-    return str(value) if isinstance(value, int) else f"{value:.3f}"
 
 
 Line = list[tuple[float, float, float, float]]  # (x, mean, low, high)

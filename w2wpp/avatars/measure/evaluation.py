@@ -31,6 +31,7 @@ from ...spacefile import load_space
 from ...training.compute import Compute
 from ...training.dataset import VectorDataset, load_dataset
 from ..build.loras import LoraSet
+from ..records import cell
 from ..world.painter import GUIDANCE
 from ..world.renderer import sample_nuisance
 from ..world.studio import Shots, Studio, open_studio
@@ -225,16 +226,8 @@ def table(rows: dict[str, Row]) -> str:
     lines = ["| | " + " | ".join(COLUMNS.values()) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
     for name, row in rows.items():
         values = (row.get(key, row.get(OLDER_KEYS.get(key, ""))) for key in COLUMNS)
-        lines.append(f"| {name} | " + " | ".join(map(_cell, values)) + " |")
+        lines.append(f"| {name} | " + " | ".join(map(cell, values)) + " |")
     return "\n".join(lines)
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, dict):
-        return f"{value['mean']:.3f} +- {(value['high'] - value['low']) / 2:.3f}"
-    return str(value) if isinstance(value, int) else f"{value:.3f}"
 
 
 def draw(spaces: list[Path], protocol: Protocol, folder: Path) -> list[Path]:
