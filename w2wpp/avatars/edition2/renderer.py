@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .drawing import Canvas, arc, box, colour, ellipse, intersection, union
-from .scene import BACKGROUNDS, TRAITS, Scene
+from .scene import BACKGROUNDS, TRAITS, Scene, face_coordinates
 
 IMAGE_SIZE = 128
 FINER = 2  # supersampling per side
@@ -73,15 +73,11 @@ class _Portrait:
         self.smile = (scene.smile - 1 + 0.1 * scene.jitter[:, 0])[:, None, None]
         self.light = (scene.light - 1 + 0.1 * scene.jitter[:, 1])[:, None, None]
 
-        right, down, log_scale, turn = scene.placement()[:, :, None, None].unbind(1)
-        scale = log_scale.exp()
-        across, below = (self.frame_x - right) / scale, (self.frame_y - down) / scale
-        self.x = turn.cos() * across + turn.sin() * below
-        self.y = -turn.sin() * across + turn.cos() * below
+        placement = scene.placement()
+        self.x, self.y = face_coordinates(placement, fine)
         # Shoulders lean half as much as the head does.
-        lean = 0.5 * turn
-        self.body_x = lean.cos() * across + lean.sin() * below
-        self.body_y = -lean.sin() * across + lean.cos() * below
+        self.body_x, self.body_y = face_coordinates(placement, fine, turned=0.5)
+        scale = placement[:, 2, None, None].exp()
 
         self.canvas = Canvas(self._background(), 2 / fine / scale)
         self._choose_colours()

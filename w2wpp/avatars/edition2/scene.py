@@ -64,17 +64,25 @@ class Scene:
         return _CENTRE[self.framing] + _SPREAD[self.framing] * self.pose
 
 
+def face_coordinates(placement: Tensor, size: int, *, turned: float = 1.0) -> tuple[Tensor, Tensor]:
+    """x and y [B, size, size] of a picture's pixels in the face's own coordinates, for faces at placements [B, 4].
+
+    ``turned`` is how much of the face's turn counts.
+    """
+    right, down, log_scale, turn = placement[:, :, None, None].unbind(1)
+    axis = (torch.arange(size) + 0.5) / size * 2 - 1
+    across = (axis[None, None, :] - right) / log_scale.exp()
+    below = (axis[None, :, None] - down) / log_scale.exp()
+    turn = turned * turn
+    return turn.cos() * across + turn.sin() * below, -turn.sin() * across + turn.cos() * below
+
+
 def face_weights(scene: Scene, size: int, share: float) -> Tensor:
     """Weights [B, 1, size, size] of mean one for losses over pictures: faces get ``share``, and what an even one gives.
 
     However small a face is in its frame, so much of the loss is about it.
     """
-    right, down, log_scale, turn = scene.placement()[:, :, None, None].unbind(1)
-    axis = (torch.arange(size) + 0.5) / size * 2 - 1
-    across = (axis[None, None, :] - right) / log_scale.exp()
-    below = (axis[None, :, None] - down) / log_scale.exp()
-    x = turn.cos() * across + turn.sin() * below
-    y = -turn.sin() * across + turn.cos() * below
+    x, y = face_coordinates(scene.placement(), size)
     # An ellipse that holds head and hair, with a soft edge of a tenth of its radius.
     radius = ((x / HEAD[0]).square() + ((y + HEAD[2]) / HEAD[1]).square()).sqrt()
     inside = ((1 - radius) / 0.1).sigmoid()
