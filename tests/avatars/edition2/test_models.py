@@ -19,7 +19,7 @@ from w2wpp.avatars.edition2.base import (
 from w2wpp.avatars.edition2.dreambooth import DreamBooth, Photographs, people_loss
 from w2wpp.avatars.edition2.painter import Painter
 from w2wpp.avatars.edition2.reader import BACKBONES, AvatarReader, load_reader, save_reader
-from w2wpp.avatars.edition2.scene import WORDS, sample_identities
+from w2wpp.avatars.edition2.scene import WORDS, face_map, sample_identities, sample_scenes
 from w2wpp.avatars.edition2.train_reader import ReaderTraining
 from w2wpp.avatars.edition2.train_vae import VaeTraining, measure_vae, train_vae
 from w2wpp.avatars.edition2.vae import AvatarVae, load_vae, save_vae
@@ -97,6 +97,48 @@ def test_a_base_goes_on_from_another(base, tmp_path):
         found = training_base.train_base(settings, latents)
         pairs = zip(found.unet.parameters(), base.unet.parameters())
         assert all(torch.allclose(a, b, atol=1e-3) for a, b in pairs) == same
+
+
+def test_guides_ask_the_middle_for_the_picture_and_the_place():
+    torch.manual_seed(3)
+    base = AvatarBase()
+    guides = training_base.Guides(base)
+    placement = sample_scenes(2, generator=torch.Generator().manual_seed(0)).placement()
+    latents = torch.randn(2, 4, 16, 16)
+    base(latents, torch.tensor([10, 900]), base.unconditional(2))
+    asked = guides(latents, placement)
+    asked.backward()
+    assert float(base.unet.conv_in.weight.grad.abs().max()) > 0
+    assert base.unet.conv_out.weight.grad is None  # the middle does not know of it
+    torch.nn.init.zeros_(guides.head.weight)
+    torch.nn.init.zeros_(guides.head.bias)
+    nothing = 0.5 * latents.square().mean() + face_map(placement, 8).square().mean()
+    torch.testing.assert_close(guides(latents, placement), nothing)
+
+
+def test_a_base_that_was_interrupted_is_the_same(tmp_path):
+    rounds = (training_base.Round(steps=3, batch=2, learning_rate=1e-3, time_power=1.0),)
+    config = training_base.BaseTraining(seed=5, pictures=4, rounds=rounds)
+    latents = torch.randn(4, 4, 16, 16, generator=torch.Generator().manual_seed(1))
+    straight = training_base.train_base(config, latents)
+    path = tmp_path / "base.ckpt"
+    save = training_base.save_run
+
+    def stopped(*args, **kwargs):
+        save(*args, **kwargs)
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training_base, "SAVED_EVERY", 2)
+        patch.setattr(training_base, "save_run", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            training_base.train_base(config, latents, checkpoint=path)
+    resumed = training_base.train_base(config, latents, checkpoint=path)
+    unguided = training_base.train_base(replace(config, guided=0.0), latents)
+    for one, two in zip(straight.parameters(), resumed.parameters()):
+        assert torch.equal(one, two)
+    pairs = zip(straight.unet.mid_block.parameters(), unguided.unet.mid_block.parameters())
+    assert not any(torch.equal(one, two) for one, two in pairs)
 
 
 def test_words_in_the_order_of_the_slots():

@@ -1,6 +1,7 @@
 """The renderer of scenes and the frame that faces are brought into."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from w2wpp.avatars.edition2.scene import (
     TRAITS,
     WORDS,
     Scene,
+    face_map,
     face_weights,
     sample_identities,
     sample_scenes,
@@ -152,3 +154,22 @@ def test_faces_get_their_share_of_the_loss_whatever_their_size(framing):
     assert heavy[torch.arange(6), 0, down, right].all()
     in_heads = (weights * heavy).sum((1, 2, 3)) / weights.sum((1, 2, 3))
     assert (in_heads > 0.6).all(), in_heads
+
+
+def test_a_map_of_a_face_says_where_it_is_how_large_and_how_turned():
+    placement = torch.tensor([[0.5, -0.25, 0.0, 0.0], [0.0, 0.0, math.log(0.5), math.pi / 2]])
+    axis = (torch.arange(64) + 0.5) / 32 - 1
+    upright, turned = face_map(placement, 64)
+    assert upright.shape == (3, 64, 64)
+    down, right = divmod(int(upright[2].argmax()), 64)
+    assert abs(axis[right] - 0.5) < 0.02 and abs(axis[down] + 0.25) < 0.02
+    x, y, near = upright[:, 40, 50].tolist()
+    across, below = float(axis[50]) - 0.5, float(axis[40]) + 0.25
+    assert near == pytest.approx(math.exp(-(across**2) - below**2), abs=1e-5)
+    assert x == pytest.approx(across * near, abs=1e-5) and y == pytest.approx(
+        below * near, abs=1e-5
+    )
+    # Half as large, so everything is twice as far; what is to the right of the picture is below in the face.
+    x, y, near = turned[:, 32, 48].tolist()
+    assert x / near == pytest.approx(2 * float(axis[32]), abs=1e-4)
+    assert y / near == pytest.approx(-2 * float(axis[48]), abs=1e-4)

@@ -77,6 +77,16 @@ def face_coordinates(placement: Tensor, size: int, *, turned: float = 1.0) -> tu
     return turn.cos() * across + turn.sin() * below, -turn.sin() * across + turn.cos() * below
 
 
+def face_map(placement: Tensor, size: int) -> Tensor:
+    """Where faces at placements [B, 4] are, as something to learn: [B, 3, size, size].
+
+    Their own coordinates x and y and a one, all fading out with the distance from their middle.
+    """
+    x, y = face_coordinates(placement, size)
+    near = (-x.square() - y.square()).exp()
+    return torch.stack([x * near, y * near, near], dim=1)
+
+
 def face_weights(scene: Scene, size: int, share: float) -> Tensor:
     """Weights [B, 1, size, size] of mean one for losses over pictures: faces get ``share``, and what an even one gives.
 
