@@ -100,8 +100,8 @@ def test_a_reader_that_saw_bad_pictures_reads_bad_pictures():
     def pictures(count, generator):
         labels = torch.rand(count, 2, generator=generator) * 2 - 1
         axis = torch.linspace(-1, 1, 16)
-        down, right = labels[:, :1, None] * 0.3, labels[:, 1:, None] * 0.1 + 0.4
-        inside = (axis[None, :, None] - down).square() + axis[None, None].square() < right.square()
+        down, radius = labels[:, :1, None] * 0.3, labels[:, 1:, None] * 0.1 + 0.4
+        inside = (axis[None, :, None] - down).square() + axis[None, None].square() < radius.square()
         return inside[:, None].float().expand(-1, 3, -1, -1) * 1.4 - 0.7, labels
 
     seen, labels = pictures(300, torch.Generator().manual_seed(1))

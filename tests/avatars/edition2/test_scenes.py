@@ -166,9 +166,8 @@ def test_a_map_of_a_face_says_where_it_is_how_large_and_how_turned():
     x, y, near = upright[:, 40, 50].tolist()
     across, below = float(axis[50]) - 0.5, float(axis[40]) + 0.25
     assert near == pytest.approx(math.exp(-(across**2) - below**2), abs=1e-5)
-    assert x == pytest.approx(across * near, abs=1e-5) and y == pytest.approx(
-        below * near, abs=1e-5
-    )
+    assert x == pytest.approx(across * near, abs=1e-5)
+    assert y == pytest.approx(below * near, abs=1e-5)
     # Half as large, so everything is twice as far; what is to the right of the picture is below in the face.
     x, y, near = turned[:, 32, 48].tolist()
     assert x / near == pytest.approx(2 * float(axis[32]), abs=1e-4)

@@ -41,14 +41,15 @@ def reader(
 ) -> StartNetwork:
     """The network that reads traits from pictures; made once, kept in ``folder``."""
     path, config = folder / "reader.safetensors", TRAINING
+    made_by = {"training": asdict(config), "pictures": PICTURES}
     if not path.exists():
         network = train_reader(
             _rendered(config.seed), len(TRAITS), config, compute=compute, callback=callback
         )
-        about = {"network": network.config, "training": asdict(config), "pictures": PICTURES}
+        about = {"network": network.config, **made_by}
         write_container(path, dict(network.state_dict()), format=FORMAT, config=about)
     file = open_container(path, FORMAT)
-    if file.config.get("training") != asdict(config):
+    if {key: file.config.get(key) for key in made_by} != made_by:
         raise ConfigError(
             f"{path} is from a run with other settings. Remove it, or match the settings."
         )

@@ -218,12 +218,12 @@ def train_base(
             rate = _rate(step - begin, current, config.warm_up)
             optimiser.param_groups[0]["lr"] = current.learning_rate * rate
             rows = torch.randint(config.pictures, (current.batch,), generator=generator)
-            prompt = _prompts(model, identity[rows], scene[rows], config, generator)
-            weights = face_weights(scene[rows], latents.shape[-1], config.face_share)
-            batch = latents[rows].float()
+            batch, shown = latents[rows].float(), scene[rows]
+            prompt = _prompts(model, identity[rows], shown, config, generator)
+            weights = face_weights(shown, latents.shape[-1], config.face_share)
             loss = _loss(model, batch, weights, prompt, current, generator)
             share = _share(len(rows))
-            asked = guides(batch[share], scene[rows].placement()[share])
+            asked = guides(batch[share], shown.placement()[share])
             optimiser.zero_grad()
             (loss + config.guided * asked).backward()
             _average_gradients(trained)
